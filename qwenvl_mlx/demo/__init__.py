@@ -1,0 +1,1 @@
+"""A very small trained checkpoint with sample pictures: ``--model demo`` works offline."""

@@ -1,0 +1,79 @@
+"""What every generation offers: encode media, embed a prompt, run the decoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.media import Embedded, Features, Media, Prompt
+
+
+class VisionLanguageModel(nn.Module, ABC):
+    """A pure function of its inputs and caches. Parameters have the names of the MLX folder:
+    ``vision_tower.*``, ``language_model.model.*``, ``language_model.lm_head.*``.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """``config``: the whole ``config.json``; ``ConfigError`` for a value that is not known."""
+        super().__init__()
+
+    @classmethod
+    @abstractmethod
+    def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+        """Weights under any known layout -> the MLX folder's names, shapes and orientation.
+
+        Pure, lazy (evaluates nothing) and idempotent. Suffixes of quantised modules (``.weight``, ``.scales``,
+        ``.biases``) follow their module's name. Unknown names pass unchanged, so that the strict load lists them.
+        """
+
+    def prepare(self) -> None:  # noqa: B027  # a generation without such layouts needs nothing here
+        """Called once after the weights are loaded: join weights, compute tables. Layouts made here are never stored."""
+
+    @abstractmethod
+    def encode(self, media: Sequence[Media]) -> list[Features]:
+        """Run the vision tower, one media item at a time (lazy: the caller evaluates)."""
+
+    @abstractmethod
+    def embed(
+        self, input_ids: Sequence[int], features: Sequence[Features | None], media: Sequence[Media]
+    ) -> Embedded:
+        """Token embeddings with the media's features in their places, and the positions of all tokens.
+
+        ``features[i]`` may be None where the tokens of ``media[i]`` are already in the KV cache: zeros stand in.
+        Raises ``PromptError`` when placeholders and media don't fit each other.
+        """
+
+    @abstractmethod
+    def __call__(self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False) -> mx.array:
+        """Logits ``[B, L, vocab]``, or ``[B, 1, vocab]`` of the last token with ``last_only``.
+
+        With a cache, its tokens are what came before. ``embedded`` may be a slice of a longer prompt; a fresh one
+        (``start == 0``) given to a cache that is not empty continues after the cached tokens.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
+        """Text tokens ``[B, L]`` after what is cached -> logits ``[B, L, vocab]``."""
+
+    @abstractmethod
+    def make_cache(self) -> Cache:
+        """An empty cache for one sequence."""
+
+    def rope_key(self, prompt_length: int) -> float:
+        """KV rows may be shared only by prompts of equal key (dynamic NTK of the original Qwen-VL)."""
+        return 1.0
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int:
+        """The longest sequence that the checkpoint supports, in tokens."""
+
+    def logits(self, prompt: Prompt) -> mx.array:
+        """Encode, embed and run a whole prompt: ``[1, L, vocab]``."""
+        features = self.encode(prompt.media)
+        return self(self.embed(prompt.input_ids, features, prompt.media))
