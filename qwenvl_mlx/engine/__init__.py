@@ -1,0 +1,1 @@
+"""The one generation path: prefix cache, batch, sampling, events."""

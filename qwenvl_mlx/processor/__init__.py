@@ -1,0 +1,1 @@
+"""From a conversation to token ids and patches, and from tokens back to text, boxes and calls."""
