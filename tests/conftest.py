@@ -36,3 +36,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the reference folder beside the checkout: real vocabularies are not part of the repository")
     return SHARED
+
+
+def reference(path: str) -> Path:
+    """A golden or tiny checkpoint: the carried copy, else the one beside the checkout; skips where there is neither."""
+    for root in (DATA, SHARED):
+        if (root / path).exists():
+            return root / path
+    pytest.skip(f"{path} is neither in tests/data nor beside the checkout")
