@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import DATA, SHARED
 
 BLIS = Path("/usr/lib/x86_64-linux-gnu/blis-pthread/libblis.so.4")
 
@@ -18,11 +19,6 @@ if BLIS.exists() and "mlx.core" not in sys.modules:
     ctypes.CDLL(str(BLIS), mode=ctypes.RTLD_GLOBAL)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-HERE = Path(__file__).resolve().parent
-DATA = HERE / "data"
-SHARED = HERE.parent.parent / "shared" / "reference"
-
 
 @pytest.fixture(scope="session")
 def data() -> Path:
@@ -36,11 +32,3 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the reference folder beside the checkout: real vocabularies are not part of the repository")
     return SHARED
-
-
-def reference(path: str) -> Path:
-    """A golden or tiny checkpoint: the carried copy, else the one beside the checkout; skips where there is neither."""
-    for root in (DATA, SHARED):
-        if (root / path).exists():
-            return root / path
-    pytest.skip(f"{path} is neither in tests/data nor beside the checkout")

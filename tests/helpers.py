@@ -1,0 +1,19 @@
+"""Where the test data lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
+SHARED = HERE.parent.parent / "shared" / "reference"
+
+
+def reference(path: str) -> Path:
+    """A golden or tiny checkpoint: the carried copy, else the one beside the checkout; skips where there is neither."""
+    for root in (DATA, SHARED):
+        if (root / path).exists():
+            return root / path
+    pytest.skip(f"{path} is neither in tests/data nor beside the checkout")
