@@ -1,0 +1,171 @@
+"""What all commands share: exit codes, common options, device and logging. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qwenvl_mlx import __version__
+from qwenvl_mlx.errors import GenerationError, QwenVLError
+
+if TYPE_CHECKING:
+    from qwenvl_mlx.engine.options import GenerationOptions
+    from qwenvl_mlx.processor.base import MediaOptions
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_CURES = {
+    errno.ENOSPC: "no space left on the device: free some, or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up: free some space, or write elsewhere",
+    errno.EACCES: "permission denied: choose another place, or change the permissions",
+    errno.EPERM: "operation not permitted: choose another place, or change the permissions",
+    errno.EROFS: "the file system is read-only: write elsewhere",
+}
+
+
+def run(work: Callable[[], int | None]) -> int:
+    """Run a command's work and turn its outcome into an exit code.
+
+    0 done; 1 something the user can mend, told in one line on stderr; 130 interrupted. Whatever else goes wrong is a
+    fault of this program and keeps its traceback.
+    """
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+    except QwenVLError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone. Without this, the interpreter's last flush would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _CURES:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(place + _CURES[error.errno])
+    return code
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+def make_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser for ``python -m qwenvl_mlx.<command>`` with ``--version`` and ``--verbose``."""
+    parser = argparse.ArgumentParser(prog=f"python -m qwenvl_mlx.{command}", description=description)
+    parser.add_argument("--version", action="version", version=f"qwenvl-mlx {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="say more about what happens, on stderr")
+    return parser
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """``--model --dtype --device``: what to load and where to run it."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="folder, Hugging Face name, modelscope:NAME, or 'demo' for the small model that comes along",
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
+    add_device_argument(group)
+
+
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    """``--device cpu|gpu``."""
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), help="where to run (default: gpu if there is one)"
+    )
+
+
+def add_media_options(parser: argparse.ArgumentParser) -> None:
+    """``--min-pixels --max-pixels --fps``: how pictures and videos are cut."""
+    group = parser.add_argument_group("pictures and videos")
+    group.add_argument(
+        "--max-pixels", type=positive, metavar="N", help="reduce pictures to at most this area"
+    )
+    group.add_argument(
+        "--min-pixels", type=positive, metavar="N", help="enlarge pictures to at least this area"
+    )
+    group.add_argument("--fps", type=float, metavar="F", help="frames to take from each second of a video")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None = None) -> None:
+    """The options of one generation; what is left out comes from the checkpoint's ``generation_config.json``."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-tokens", type=positive, default=max_tokens, metavar="N", help="longest answer")
+    group.add_argument(
+        "--temperature",
+        "--temp",
+        type=float,
+        metavar="T",
+        help="0: always the likeliest token (default: model's)",
+    )
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="choose among the likeliest tokens of this mass"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the best one")
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 discourages repetition")
+    group.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def media_options(args: argparse.Namespace) -> MediaOptions:
+    """What ``add_media_options`` has read."""
+    from qwenvl_mlx.processor.base import MediaOptions
+
+    return MediaOptions(min_pixels=args.min_pixels, max_pixels=args.max_pixels, fps=args.fps)
+
+
+def generation_options(args: argparse.Namespace) -> GenerationOptions:
+    """What ``add_sampling_options`` has read; ``GenerationError`` for a value out of range."""
+    from qwenvl_mlx.engine.options import GenerationOptions
+
+    return GenerationOptions(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        ignore_eos=getattr(args, "ignore_eos", False),
+    )
+
+
+def use_device(name: str | None) -> None:
+    """Run on this device from here on; ``GenerationError`` when a GPU is asked for and there is none."""
+    if name is None:
+        return
+    import mlx.core as mx
+
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise GenerationError("MLX finds no GPU on this machine: use --device cpu")
+    mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
+
+
+def set_up_logging(args: argparse.Namespace) -> None:
+    """Warnings on stderr, or everything with ``--verbose``."""
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
