@@ -1,0 +1,59 @@
+"""The wheel works outside the checkout: built, installed into a fresh environment, its commands run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a copy: building in place leaves folders in the checkout
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, names):
+        if name.startswith("tests/") or not (ROOT / name).exists():
+            continue
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to((ROOT / name).readlink())
+        else:
+            target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out), str(source)]
+    subprocess.run(command, check=True, timeout=300)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_package(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for wanted in ("models/base.py", "convert/__main__.py", "server/__main__.py", "server/page.html", "py.typed"):
+        assert f"qwenvl_mlx/{wanted}" in names
+    assert not [name for name in names if name.startswith("tests/")]
+
+
+def test_commands_run_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    # The dependencies come from this environment: what is tested is the wheel, not the network.
+    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    zipfile.ZipFile(wheel).extractall(site)
+    outer = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "outer.pth").write_text("\n".join(outer))
+    for command in ("convert", "generate", "server", "info"):
+        done = subprocess.run(
+            [python, "-m", f"qwenvl_mlx.{command}", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout
+    where = subprocess.run(
+        [python, "-c", "import qwenvl_mlx; print(qwenvl_mlx.__file__)"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert str(site) in where.stdout
