@@ -20,6 +20,7 @@ if BLIS.exists() and "mlx.core" not in sys.modules:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Goldens and tiny checkpoints that the repository carries."""
@@ -30,5 +31,7 @@ def data() -> Path:
 def shared() -> Path:
     """Reference material that may not be committed (real vocabularies); skips where it is absent."""
     if not SHARED.is_dir():
-        pytest.skip("needs the reference folder beside the checkout: real vocabularies are not part of the repository")
+        pytest.skip(
+            "needs the reference folder beside the checkout: real vocabularies are not part of the repository"
+        )
     return SHARED

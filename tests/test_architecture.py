@@ -41,7 +41,9 @@ def _imports(path: Path) -> set[str]:
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qwenvl_mlx"):
-            whole = [node.module] if node.module != "qwenvl_mlx" else [f"qwenvl_mlx.{a.name}" for a in node.names]
+            whole = (
+                [node.module] if node.module != "qwenvl_mlx" else [f"qwenvl_mlx.{a.name}" for a in node.names]
+            )
             names.update(whole)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names if alias.name.startswith("qwenvl_mlx."))
@@ -57,7 +59,9 @@ def test_imports_point_one_way(part: str, path: Path) -> None:
     if part in ("__init__", "__main__", "demo"):
         return
     for imported in _imports(path) - {part, "__version__"}:
-        assert _rank(imported) <= _rank(part), f"{path.name} ({part}) imports {imported}, which stands above it"
+        assert _rank(imported) <= _rank(part), (
+            f"{path.name} ({part}) imports {imported}, which stands above it"
+        )
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "info", "verify", "convert", "server"])
@@ -87,8 +91,9 @@ def test_public_names() -> None:
 
 
 def test_the_function_generate_survives_importing_the_command() -> None:
-    import qwenvl_mlx
     from qwenvl_mlx.generate import main
+
+    import qwenvl_mlx
 
     assert callable(main)
     assert callable(qwenvl_mlx.generate)

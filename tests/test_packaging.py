@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"  # a copy: building in place leaves folders in the checkout
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     for name in filter(None, names):
         if name.startswith("tests/") or not (ROOT / name).exists():
             continue
@@ -34,26 +36,49 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for wanted in ("models/base.py", "convert/__main__.py", "server/__main__.py", "server/page.html", "py.typed"):
+    for wanted in (
+        "models/base.py",
+        "convert/__main__.py",
+        "server/__main__.py",
+        "server/page.html",
+        "py.typed",
+    ):
         assert f"qwenvl_mlx/{wanted}" in names
     assert not [name for name in names if name.startswith("tests/")]
 
 
 def test_commands_run_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
-    # The dependencies come from this environment: what is tested is the wheel, not the network.
-    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
+    venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-deps",
+        str(wheel),
+    ]
+    subprocess.run(pip, check=True, timeout=300)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
-    zipfile.ZipFile(wheel).extractall(site)
-    outer = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "outer.pth").write_text("\n".join(outer))
+    # The dependencies come from this environment: what is tested is the wheel, not the network.
+    (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     for command in ("convert", "generate", "server", "info"):
         done = subprocess.run(
-            [python, "-m", f"qwenvl_mlx.{command}", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+            [python, "-m", f"qwenvl_mlx.{command}", "--help"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         assert "usage" in done.stdout
     where = subprocess.run(
-        [python, "-c", "import qwenvl_mlx; print(qwenvl_mlx.__file__)"], cwd=tmp_path, capture_output=True, text=True
+        [python, "-c", "import qwenvl_mlx; print(qwenvl_mlx.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert str(site) in where.stdout
