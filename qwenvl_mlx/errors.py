@@ -1,15 +1,15 @@
 """Every error that a user can mend, in one tree.
 
-    QwenVLError             the message names the cause and the cure; commands print it and exit with 1
-    ├── ConfigError         config.json asks for something unknown or contradictory
-    ├── CheckpointError     a file of weights is damaged, incomplete, or of another model
-    ├── HubError            a name could not be turned into a folder
-    ├── OutputError         the result can't be written where it was asked for
-    ├── PromptError         messages, placeholders or lengths that don't fit the model
-    │   └── MediaError      a picture or video that can't be fetched, read, or accepted
-    ├── GenerationError     options that can't be served
-    │   └── OutOfMemory     the request does not fit this machine
-    └── Busy                the queue is full: try again later
+QwenVLError             the message names the cause and the cure; commands print it and exit with 1
+├── ConfigError         config.json asks for something unknown or contradictory
+├── CheckpointError     a file of weights is damaged, incomplete, or of another model
+├── HubError            a name could not be turned into a folder
+├── OutputError         the result can't be written where it was asked for
+├── PromptError         messages, placeholders or lengths that don't fit the model
+│   └── MediaError      a picture or video that can't be fetched, read, or accepted
+├── GenerationError     options that can't be served
+│   └── OutOfMemory     the request does not fit this machine
+└── Busy                the queue is full: try again later
 """
 
 
