@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["errors", "config", "media", "layers", "models", "checkpoint", "hub", "processor", "engine", "api"]
+ORDER = ["errors", "config", "sizes", "media", "layers", "models", "checkpoint", "hub", "processor", "engine", "api"]
 COMMANDS = ["cli", "generate", "chat", "verify", "info", "convert", "server"]
 FOLDERS = {"qwenvl_mlx": ROOT / "qwenvl_mlx", "convert": ROOT / "convert", "server": ROOT / "server"}
 
