@@ -31,8 +31,8 @@ _CURES = {
 def run(work: Callable[[], int | None]) -> int:
     """Run a command's work and turn its outcome into an exit code.
 
-    0 done; 1 something the user can mend, told in one line on stderr; 130 interrupted. Whatever else goes wrong is a
-    fault of this program and keeps its traceback.
+    0 done; 1 something the user can mend, told in one line on stderr; 130 interrupted. Whatever else goes
+    wrong is a fault of this program and keeps its traceback.
     """
     try:
         code = work() or 0
@@ -100,7 +100,7 @@ def add_media_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None = None) -> None:
-    """The options of one generation; what is left out comes from the checkpoint's ``generation_config.json``."""
+    """Options of one generation; what is left out is as the checkpoint's ``generation_config.json`` says."""
     group = parser.add_argument_group("generation")
     group.add_argument("--max-tokens", type=positive, default=max_tokens, metavar="N", help="longest answer")
     group.add_argument(
