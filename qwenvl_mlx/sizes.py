@@ -108,7 +108,7 @@ _LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304}
 
 
 def _nested(
-    kind: str, text: Config, tower: Config, *, taps: list[int], heads: int = 16, first_id: int = 0
+    kind: str, text: Config, tower: Config, *, taps: list[int], heads: int = 16, first_id: int = 151652
 ) -> Config:
     vision_config = {
         **tower,
@@ -183,7 +183,7 @@ def _qwen3_5(decoder: Config, *, keys: int, values: int, large_tower: bool = Tru
 
 _V2 = 152064
 _V35 = 248320
-_EXPERTS_35 = {
+_EXPERTS_35: Config = {
     "num_experts": 256,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 512,
