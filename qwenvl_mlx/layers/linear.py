@@ -1,0 +1,56 @@
+"""Linear layers in the layouts that cost the fewest kernels, plain or quantised alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# Arrays of a linear layer whose first axis is the output: a change to that axis touches all of them alike.
+ROWS = ("weight", "scales", "biases", "bias")
+
+
+def join(first: nn.Module, *others: nn.Module) -> nn.Module:
+    """One linear layer that gives the outputs of several side by side: bit-identical, also when quantised.
+
+    The layers must agree in input size, bias and quantisation. ``first`` is changed in place, layer by layer so
+    that a model is never held twice in memory.
+    """
+    return map_rows(first, lambda name: mx.concatenate([first[name], *(layer[name] for layer in others)]))
+
+
+def joinable(*layers: nn.Module) -> bool:
+    """Whether ``join`` may be used: all plain, or all quantised in the same way (a recipe may mix bits)."""
+    kinds = {
+        (type(layer), *(getattr(layer, key, None) for key in ("bits", "group_size", "mode")), "bias" in layer)
+        for layer in layers
+    }
+    return len(kinds) == 1
+
+
+def pad_heads(layer: nn.Module, size: int, padded: int) -> None:
+    """Give every run of ``size`` outputs (an attention head) trailing zeros up to ``padded`` outputs."""
+
+    def pad(name: str) -> mx.array:
+        rows = layer[name].reshape(-1, size, *layer[name].shape[1:])  # [heads, size, …]
+        widths = [(0, 0), (0, padded - size)] + [(0, 0)] * (rows.ndim - 2)
+        return mx.pad(rows, widths).reshape(-1, *layer[name].shape[1:])
+
+    map_rows(layer, pad)
+
+
+def map_rows(layer: nn.Module, change: Callable[[str], mx.array]) -> nn.Module:
+    """Replace each per-output array of ``layer`` by ``change(name)``, and compute it at once."""
+    changed = {name: change(name) for name in ROWS if name in layer}
+    mx.eval(changed)
+    layer.update(changed, strict=False)
+    return layer
+
+
+def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
+    """``residual + layer(x)``, in one kernel where the layer is plain and has no bias."""
+    if isinstance(layer, nn.Linear) and "bias" not in layer:
+        return mx.addmm(residual, x, layer.weight.T)
+    update: mx.array = layer(x)
+    return residual + update
