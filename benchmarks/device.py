@@ -1,0 +1,56 @@
+"""What a figure was measured on, and what that device allows at most."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+
+
+def describe() -> dict[str, str]:
+    """Device, chip, operating system and library versions: printed with every result."""
+    return {
+        "device": str(mx.default_device()),
+        "chip": _chip(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+    }
+
+
+def _chip() -> str:
+    if platform.system() == "Darwin":
+        done = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() or platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _best(run: Any, repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a matrix-vector product over 256 MB of float32 weights: what decoding does."""
+    weights, vector = mx.random.normal((8192, 8192)), mx.random.normal((1, 8192))
+    mx.eval(weights, vector)
+    return float(weights.nbytes / _best(lambda: mx.eval(vector @ weights.T)))
+
+
+def matmul_rate(dtype: mx.Dtype = mx.float32, size: int = 2048) -> float:
+    """Floating-point operations a second of a square product."""
+    a, b = mx.random.normal((size, size)).astype(dtype), mx.random.normal((size, size)).astype(dtype)
+    mx.eval(a, b)
+    return float(2 * size**3 / _best(lambda: mx.eval(a @ b)))

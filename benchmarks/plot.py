@@ -1,0 +1,35 @@
+"""Bars of a comparison's medians."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """One panel a part, one bar a program and case, from the report of ``compare``."""
+    import matplotlib.pyplot as plt
+
+    from benchmarks.compare import PARTS, Result
+
+    rows = [Result(**row) for row in report["results"] if "samples" in row]
+    if not rows:
+        raise SystemExit("--plot draws comparisons only")
+    cases = list(dict.fromkeys(row.case for row in rows))
+    programs = list(dict.fromkeys(row.program for row in rows))
+    figure, panels = plt.subplots(1, len(PARTS), figsize=(4 * len(PARTS), 3.5), constrained_layout=True)
+    for panel, part in zip(panels, PARTS, strict=True):
+        for index, program in enumerate(programs):
+            medians = [
+                row.median(part)
+                for case in cases
+                for row in rows
+                if (row.case, row.program) == (case, program)
+            ]
+            places = [place + index / (len(programs) + 1) for place in range(len(cases))]
+            panel.bar(places, medians, width=1 / (len(programs) + 1), label=program)
+        panel.set_title(f"{part} (s)")
+        panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
+    panels[0].legend()
+    figure.suptitle(", ".join(report["device"].values()))
+    figure.savefig(path, dpi=150)

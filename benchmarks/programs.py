@@ -1,0 +1,207 @@
+"""The programs that are compared: each loads a checkpoint and runs a case, and tells how long its parts took.
+
+A program runs in a process of its own (``python -m benchmarks.programs NAME FOLDER DTYPE``), which takes one case a
+line on stdin and answers one line of JSON, so that several can be alive at once and be measured in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.cases import Case, Inputs, inputs
+
+Timings = dict[str, float]
+
+
+class Program(Protocol):
+    """One program under measurement; ``device`` says where it runs."""
+
+    device: str
+
+    def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
+        """Seconds of ``vision``, ``prefill`` (after vision), ``decode`` (a token); logits of the prompt's end."""
+
+
+class Ours:
+    """qwenvl-mlx itself."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import mlx.core as mx
+
+        from qwenvl_mlx import load_model
+
+        self.mx = mx
+        self.model = load_model(folder, dtype=dtype)
+        self.device = str(mx.default_device())
+
+    def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
+        from qwenvl_mlx import Media
+
+        mx, model = self.mx, self.model
+        media = [] if given.rows is None or given.grid is None else [Media("image", given.rows, given.grid)]
+        start = time.perf_counter()
+        features = model.encode(media)
+        mx.eval([item.embeddings for item in features])
+        seen = time.perf_counter()
+        embedded = model.embed(given.ids.tolist(), features, media)
+        cache = model.make_cache()
+        logits = model(embedded, cache=cache, last_only=True)[0, -1].astype(mx.float32)
+        token = mx.argmax(logits)
+        mx.eval(token, logits)
+        first = time.perf_counter()
+        for _ in range(case.new_tokens):
+            following = mx.argmax(model.decode(token.reshape(1, 1), cache)[0, -1])
+            mx.async_eval(following)
+            token.item()
+            token = following
+        mx.eval(token)
+        end = time.perf_counter()
+        return _timings(start, seen, first, end, case), np.array(logits)
+
+
+class Torch:
+    """transformers on PyTorch: MPS where there is one, else the CPU."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        self.torch = torch
+        torch.set_num_threads(int(np.clip(torch.get_num_threads(), 1, 64)))
+        self.device = "mps" if torch.backends.mps.is_available() else "cpu"
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model: Any = loaded.to(self.device).eval()
+
+    def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
+        torch = self.torch
+        with torch.no_grad():
+            ids = torch.from_numpy(given.ids)[None].to(self.device)
+            extra: dict[str, Any] = {}
+            start = time.perf_counter()
+            if given.rows is not None and given.grid is not None:
+                rows = torch.from_numpy(given.rows).to(self.device, self.model.dtype)
+                grid = torch.tensor([given.grid], device=self.device)
+                self.model.model.visual(rows, grid_thw=grid)
+                self._wait()
+                extra = {"pixel_values": rows, "image_grid_thw": grid}
+                extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+            seen = time.perf_counter()
+            out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
+            self._wait()
+            first = time.perf_counter() - (seen - start)  # the forward pass ran the vision tower once more
+            logits = out.logits[0, -1].float().cpu().numpy()
+            begun = time.perf_counter()
+            self._decode(out, case.new_tokens)
+            end = first + time.perf_counter() - begun
+        return _timings(start, seen, max(first, seen), end, case), logits
+
+    def _decode(self, out: Any, steps: int) -> None:
+        cache = out.past_key_values
+        token = out.logits[:, -1:].argmax(-1)
+        for _ in range(steps):
+            out = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            token.item()
+
+    def _wait(self) -> None:
+        if self.device == "mps":
+            self.torch.mps.synchronize()
+
+
+class MlxVlm:
+    """mlx-vlm, where it is installed."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import mlx.core as mx
+        from mlx.utils import tree_map
+        from mlx_vlm.utils import load_model
+
+        self.mx = mx
+        self.model: Any = load_model(Path(folder))
+        cast = getattr(mx, dtype)
+        self.model.update(
+            tree_map(
+                lambda p: p.astype(cast) if mx.issubdtype(p.dtype, mx.floating) else p,
+                self.model.parameters(),
+            )
+        )
+        mx.eval(self.model.parameters())
+        self.device = str(mx.default_device())
+
+    def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
+        from mlx_vlm.models.cache import make_prompt_cache
+
+        mx, model = self.mx, self.model
+        ids = mx.array(given.ids)[None]
+        extra: dict[str, Any] = {}
+        rows = None
+        start = time.perf_counter()
+        if given.rows is not None and given.grid is not None:
+            rows, grid = mx.array(given.rows), mx.array([given.grid])
+            mx.eval(model.vision_tower(rows, grid))
+            extra = {"image_grid_thw": grid}
+        seen = time.perf_counter()
+        cache = make_prompt_cache(model.language_model)
+        embedded = model.get_input_embeddings(ids, rows, **extra)
+        fields = {k: v for k, v in embedded.to_dict().items() if v is not None and k != "inputs_embeds"}
+        out = model.language_model(ids, inputs_embeds=embedded.inputs_embeds, cache=cache, **fields, **extra)
+        logits = out.logits[0, -1].astype(mx.float32)
+        token = mx.argmax(logits)
+        mx.eval(token, logits)
+        first = time.perf_counter() - (seen - start)
+        begun = time.perf_counter()
+        for _ in range(case.new_tokens):
+            following = mx.argmax(model.language_model(token.reshape(1, 1), cache=cache).logits[0, -1])
+            mx.async_eval(following)
+            token.item()
+            token = following
+        mx.eval(token)
+        end = first + time.perf_counter() - begun
+        return _timings(start, seen, max(first, seen), end, case), np.array(logits)
+
+
+PROGRAMS: dict[str, Callable[[str, str], Program]] = {"qwenvl-mlx": Ours, "torch": Torch, "mlx-vlm": MlxVlm}
+
+
+def _timings(start: float, seen: float, first: float, end: float, case: Case) -> Timings:
+    return {
+        "vision": seen - start,
+        "prefill": first - seen,
+        "first token": first - start,
+        "decode": (end - first) / case.new_tokens,
+    }
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def serve(name: str, folder: str, dtype: str) -> None:
+    """Load, say so, then answer one case a line until stdin ends."""
+    start = time.perf_counter()
+    program = PROGRAMS[name](folder, dtype)
+    loaded = {"load": time.perf_counter() - start, "device": program.device, "peak": _peak_bytes()}
+    print(json.dumps(loaded), flush=True)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    for line in sys.stdin:
+        order = json.loads(line)
+        case = Case(
+            **{**order["case"], "picture": order["case"]["picture"] and tuple(order["case"]["picture"])}
+        )
+        timings, logits = program.run(case, inputs(case, config))
+        np.save(order["logits"], logits)
+        print(json.dumps({**timings, "peak": _peak_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:4])
