@@ -48,14 +48,16 @@ class Rotary:
         if len(wavelengths) == 1:
             return Positions(self.dims, offset, factor, wavelengths=wavelengths[0])
         wavelengths = mx.array(np.stack([self._wavelengths(alpha) for alpha in alphas]))
-        angles = self._absolute(offset, length)[..., None] / wavelengths[:, None, None]  # [B, 1, L, dims/2]
+        angles = (
+            self._absolute(offset, length)[..., None] * (1 / wavelengths)[:, None, None]
+        )  # [B, 1, L, dims/2]
         turn = (mx.cos(angles), mx.sin(angles))
         return Positions(self.dims, offset, factor, turn=turn)
 
     def _wavelengths(self, alpha: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        base = self.base * alpha ** (self.dims / (self.dims - 2))
-        exponents = np.arange(0, self.dims, 2) / self.dims
-        return (base**exponents).astype(np.float32)  # type: ignore[no-any-return]
+        # float32 throughout, as the reference has it: at position 3000 another rounding turns by 3e-5
+        base = np.float32(self.base * alpha ** (self.dims / (self.dims - 2)))
+        return base ** (np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims))
 
     def _absolute(self, offset: int | mx.array, length: int) -> mx.array:
         if isinstance(offset, mx.array):

@@ -1,0 +1,291 @@
+"""The original Qwen-VL and Qwen-VL-Chat (2023): ``model_type`` ``qwen`` with a ``visual`` section.
+
+Source of every rule: the PyTorch code of the Qwen-VL-Chat repository. Names of modules are the hub's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from qwenvl_mlx.config import from_dict, one_of
+from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
+from qwenvl_mlx.layers.cache import Cache, kv
+from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
+from qwenvl_mlx.layers.linear import add_linear, join, joinable
+from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.media import Embedded, Features, Media
+from qwenvl_mlx.models.base import VisionLanguageModel
+from qwenvl_mlx.models.qwen_vl_vision import VisionConfig, VisionTower, vision_config
+from qwenvl_mlx.models.qwen_vl_vision import sanitize as sanitize_vision
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+RENAMES = (("transformer.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+HUB_VISION = "transformer.visual."
+
+attention = leaf("models.base")
+activations = leaf("models.activations")
+
+
+@dataclass(frozen=True)
+class Config:
+    """``config.json``; ``intermediate_size`` is twice the width of the feed-forward layer."""
+
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    intermediate_size: int
+    kv_channels: int
+    seq_length: int
+    max_position_embeddings: int
+    layer_norm_epsilon: float
+    rotary_emb_base: float = 10000.0
+    rotary_pct: float = 1.0
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    no_bias: bool = True
+    tie_word_embeddings: bool = False
+    scale_attn_weights: bool = True
+
+    def __post_init__(self) -> None:
+        one_of(self.tie_word_embeddings, [False], key="tie_word_embeddings")
+        one_of(self.scale_attn_weights, [True], key="scale_attn_weights")
+        for key in ("no_bias", "use_dynamic_ntk", "use_logn_attn"):
+            one_of(getattr(self, key), [True, False], key=key)
+        if self.kv_channels * self.num_attention_heads != self.hidden_size:
+            raise ConfigError("config.json: kv_channels * num_attention_heads must be hidden_size")
+        if not 0 < self.rotary_pct <= 1 or self.rotary_dims % 2 or self.rotary_dims < 4:
+            raise ConfigError(f"config.json: rotary_pct = {self.rotary_pct} is not known; known: 1.0")
+
+    @property
+    def rotary_dims(self) -> int:
+        return int(self.kv_channels * self.rotary_pct)
+
+    @property
+    def rotary(self) -> Rotary:
+        return Rotary(
+            dims=self.rotary_dims,
+            base=float(self.rotary_emb_base),
+            trained=self.seq_length,
+            dynamic_ntk=self.use_dynamic_ntk,
+            logn=self.use_logn_attn,
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._heads = config.num_attention_heads
+        self._scale = config.kv_channels**-0.5
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
+
+    def __call__(
+        self, residual: mx.array, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any
+    ) -> mx.array:
+        batch, length, width = x.shape
+        heads = self.c_attn(x).reshape(batch, length, 3 * self._heads, -1).transpose(0, 2, 1, 3)
+        rotated = positions.rotate(heads[:, : 2 * self._heads])  # queries and keys in one call
+        query, key = rotated[:, : self._heads], rotated[:, self._heads :]
+        value = heads[:, 2 * self._heads :]
+        if layer is not None:
+            key, value = layer.update_and_fetch(key, value)
+        scale = self._scale
+        if isinstance(positions.query_factor, mx.array):
+            query = query * positions.query_factor
+        else:
+            scale *= positions.query_factor
+        x = attention.scaled_dot_product_attention(query, key, value, layer, scale=scale, mask=mask)
+        x = x.transpose(0, 2, 1, 3).reshape(batch, length, width)
+        return add_linear(residual, self.c_proj, x)
+
+
+class MLP(nn.Module):
+    """``w2`` is the gate, ``w1`` what it lets through."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, bias = config.intermediate_size // 2, not config.no_bias
+        self.w1 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
+
+    def prepare(self) -> None:
+        if joinable(self.w1, self.w2):
+            self.gate_up = join(self.w2, self.w1)
+            del self.w1, self.w2
+
+    def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
+        if "gate_up" in self:
+            gate, up = mx.split(self.gate_up(x), 2, axis=-1)
+        else:
+            gate, up = self.w2(x), self.w1(x)
+        return add_linear(residual, self.c_proj, activations.swiglu(gate, up))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any
+    ) -> mx.array:
+        x = self.attn(x, self.ln_1(x), positions, mask, layer)
+        return self.mlp(x, self.ln_2(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.ln_f = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def __call__(self, x: mx.array, positions: Positions, layers: Sequence[Any]) -> mx.array:
+        mask = attention.create_attention_mask(x, layers[0])
+        for block, layer in zip(self.h, layers, strict=True):
+            x = block(x, positions, mask, layer)
+        return x
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class Model(VisionLanguageModel):
+    """``patches`` of a ``Media`` are a picture ``[3, S, S]``; each takes ``n_queries`` tokens of the prompt."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        if "visual" not in config:
+            raise ConfigError("this checkpoint is the text-only Qwen: run it with mlx-lm (mlx_lm.generate)")
+        self.config = from_dict(Config, config)
+        self.vision: VisionConfig = vision_config(config["visual"])
+        if self.vision.output_dim != self.config.hidden_size:
+            raise ConfigError(
+                "config.json: visual.output_dim must be hidden_size: features stand among tokens"
+            )
+        self.vision_tower = VisionTower(self.vision)
+        self.language_model = LanguageModel(self.config)
+
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+        clean: dict[str, mx.array] = {}
+        for name, weight in weights.items():
+            if name.startswith(HUB_VISION):
+                parts = sanitize_vision(name.removeprefix(HUB_VISION), weight)
+                clean |= {f"vision_tower.{part}": array for part, array in parts.items()}
+            else:
+                old, new = next((pair for pair in RENAMES if name.startswith(pair[0])), ("", ""))
+                clean[new + name.removeprefix(old)] = weight
+        return clean
+
+    def prepare(self) -> None:
+        self.vision_tower.prepare()
+        for block in self.language_model.model.h:
+            block.mlp.prepare()
+
+    def encode(self, media: Sequence[Media]) -> list[Features]:
+        return [Features(self.vision_tower(self._pixels(item))) for item in media]
+
+    def _pixels(self, item: Media) -> mx.array:
+        size = self.vision.image_size
+        if item.kind != "image":
+            raise MediaError("the original Qwen-VL takes pictures only: give single frames of the video")
+        if tuple(item.patches.shape) != (3, size, size):
+            raise MediaError(
+                f"a picture of this checkpoint is [3, {size}, {size}], not {list(item.patches.shape)}"
+            )
+        pixels = mx.array(item.patches)
+        if pixels.dtype != mx.uint8:
+            return pixels
+        mean, std = (
+            mx.array(value)[:, None, None] for value in (item.mean or PIXEL_MEAN, item.std or PIXEL_STD)
+        )
+        return (pixels.astype(mx.float32) / 255 - mean) / std
+
+    def embed(
+        self, input_ids: Sequence[int], features: Sequence[Features | None], media: Sequence[Media]
+    ) -> Embedded:
+        """A picture stands in ``<img>``, ``n_queries`` slots, ``</img>``: whatever the slots hold is overwritten."""
+        ids = np.asarray(input_ids, np.int32)
+        starts = self._picture_starts(ids, len(features))
+        hidden = self.language_model.model.wte(mx.array(ids))  # [L, hidden]
+        if len(starts):
+            empty = mx.zeros((self.vision.n_queries, hidden.shape[1]), hidden.dtype)
+            rows = [empty if item is None else item.embeddings.astype(hidden.dtype) for item in features]
+            slots = starts[:, None] + 1 + np.arange(self.vision.n_queries)
+            hidden[mx.array(slots.reshape(-1))] = mx.concatenate(rows)
+        positions = mx.broadcast_to(mx.arange(len(ids), dtype=mx.int32), (3, len(ids)))
+        return Embedded(hidden[None], positions, prompt_length=len(ids))
+
+    def _picture_starts(
+        self, ids: np.ndarray[Any, np.dtype[np.int32]], pictures: int
+    ) -> np.ndarray[Any, Any]:
+        """Where the ``<img>`` tokens are; raises ``PromptError`` unless each opens a picture's slots."""
+        start, end, slots = self.vision.image_start_id, self.vision.image_start_id + 1, self.vision.n_queries
+        starts = np.flatnonzero(ids == start)
+        if len(starts) != pictures:
+            raise PromptError(
+                f"the prompt has {len(starts)} <img> but {pictures} pictures came with it: give one for each"
+            )
+        for at in starts:
+            inside = ids[at + 1 : at + 2 + slots]
+            if len(inside) <= slots or inside[-1] != end or np.isin(inside[:-1], (start, end)).any():
+                raise PromptError(f"the <img> at token {at} must be followed by {slots} slots and </img>")
+        return starts
+
+    def __call__(
+        self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False
+    ) -> mx.array:
+        length = embedded.prompt_length or embedded.start + len(embedded)
+        if cache is None:
+            layers: Sequence[Any] = [None] * self.config.num_hidden_layers
+            return self._logits(
+                embedded.embeddings, embedded.start, (self.rope_key(length),), layers, last_only
+            )
+        if isinstance(cache.offset, int) and cache.offset == 0:
+            cache.ntk_alpha = (self.rope_key(length),) * embedded.embeddings.shape[0]
+        return self._logits(embedded.embeddings, cache.offset, cache.ntk_alpha, cache, last_only)
+
+    def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
+        hidden = self.language_model.model.wte(tokens)
+        return self._logits(hidden, cache.offset, cache.ntk_alpha, cache, last_only=False)
+
+    def _logits(
+        self,
+        hidden: mx.array,
+        offset: int | mx.array,
+        alphas: Sequence[float],
+        layers: Sequence[Any],
+        last_only: bool,
+    ) -> mx.array:
+        positions = self.config.rotary.at(offset, hidden.shape[1], alphas, hidden.dtype)
+        hidden = self.language_model.model(hidden, positions, layers)
+        hidden = hidden[:, -1:] if last_only else hidden
+        return self.language_model.lm_head(self.language_model.model.ln_f(hidden))
+
+    def make_cache(self) -> Cache:
+        return Cache([kv.KVCache() for _ in range(self.config.num_hidden_layers)])
+
+    def rope_key(self, prompt_length: int) -> float:
+        return self.config.rotary.alpha(prompt_length)
+
+    @property
+    def context_length(self) -> int:
+        return self.config.max_position_embeddings
