@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qwenvl_mlx.media import Media, Prompt
+from qwenvl_mlx.processor.policy import FetchPolicy
 
 Message = Mapping[str, Any]
 
@@ -18,12 +19,14 @@ class MediaOptions:
 
     ``min_pixels``, ``max_pixels``: area of a picture (or of all frames of a video, where the generation counts so)
     after resizing; ``fps``: frames a second taken from a video file; ``max_frames``: at most so many of them.
+    ``policy``: from where media may be fetched.
     """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float | None = None
     max_frames: int | None = None
+    policy: FetchPolicy = FetchPolicy()
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,11 @@ class Processor(ABC):
 
     @abstractmethod
     def raw(
-        self, text: str, media: Sequence[Mapping[str, Any] | Media] = (), *, options: MediaOptions | None = None
+        self,
+        text: str,
+        media: Sequence[Mapping[str, Any] | Media] = (),
+        *,
+        options: MediaOptions | None = None,
     ) -> Prompt:
         """A text with special tokens and placeholders as it stands; ``media`` in the order of the placeholders."""
 
