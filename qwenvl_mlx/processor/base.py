@@ -26,7 +26,7 @@ class MediaOptions:
     max_pixels: int | None = None
     fps: float | None = None
     max_frames: int | None = None
-    policy: FetchPolicy = FetchPolicy()
+    policy: FetchPolicy = field(default_factory=FetchPolicy)
 
 
 @dataclass(frozen=True)
