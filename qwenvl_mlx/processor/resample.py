@@ -1,0 +1,108 @@
+"""Pillow's bicubic resize a strip at a time, so that a large picture needs little memory beside its rows.
+
+Pillow resizes in two one-dimensional passes over bytes. A horizontal pass knows nothing of other rows, so Pillow does
+it here band by band. A vertical pass can't be cut that way (Pillow takes the place of a band as 32-bit floats, which
+shifts it by a little), so it is done here with Pillow's own fixed-point weights. The result equals Pillow's exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_BITS = 22  # of a weight's fraction in Pillow's fixed-point passes
+_REACH = 2.0  # of the cubic kernel, in source pixels when enlarging
+
+Bytes = NDArray[np.uint8]
+
+
+class _Taps(NamedTuple):
+    """Which source rows make each target row: ``first`` and ``last`` (exclusive) ``[target]``, ``weights [target, k]``."""
+
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    weights: NDArray[np.int32]
+
+
+def strips(picture: Image.Image, width: int, height: int, step: int) -> Iterator[Bytes]:
+    """``picture`` (RGB) resized to ``width`` x ``height``, in strips ``[step, width, 3]``; ``step`` divides ``height``.
+
+    The passes round to bytes, so their order shows: like Pillow 13, whichever is installed, the vertical one comes
+    first where the height loses more than twice what the width does.
+    """
+    lost = picture.height - height
+    if lost == 0:
+        yield from (_wide(picture, top, top + step, width) for top in range(0, height, step))
+    elif lost > max(0, 2 * (picture.width - width)):
+        for strip in _vertical(picture, picture.width, height, step):
+            yield _wide(Image.fromarray(strip), 0, step, width)
+    else:
+        yield from _vertical(picture, width, height, step)
+
+
+def _wide(picture: Image.Image, top: int, bottom: int, width: int) -> Bytes:
+    """Rows ``top`` to ``bottom`` resized in width: ``[bottom - top, width, 3]``."""
+    band = picture.crop((0, top, picture.width, bottom))
+    if width != picture.width:
+        band = band.resize((width, bottom - top), Image.Resampling.BICUBIC)
+    return np.asarray(band)
+
+
+def _vertical(picture: Image.Image, width: int, height: int, step: int) -> Iterator[Bytes]:
+    """Strips of the vertical pass over rows that were first brought to ``width``."""
+    taps = _taps(picture.height, height)
+    rows = np.empty((0, width * 3), np.uint8)  # source rows [begin, end) of the strip at hand
+    begin = end = 0
+    for top in range(0, height, step):
+        first, last = int(taps.first[top]), int(taps.last[top + step - 1])
+        if last > end:
+            fresh = _wide(picture, max(end, first), last, width).reshape(-1, width * 3)
+            rows = np.concatenate([rows[first - begin :], fresh])
+        else:
+            rows = rows[first - begin :]
+        begin, end = first, last
+        local = _Taps(*(part[top : top + step] for part in taps))
+        yield _weigh(rows.astype(np.int32), begin, local).reshape(step, width, 3)
+
+
+def _weigh(rows: NDArray[np.int32], begin: int, taps: _Taps) -> Bytes:
+    """Weighted sums of ``rows`` (which start at source row ``begin``), one a target row, rounded to bytes."""
+    sums = np.empty((len(taps.first), rows.shape[1]), np.int32)
+    term = np.empty(rows.shape[1], np.int32)
+    for total, first, last, weights in zip(sums, taps.first, taps.last, taps.weights, strict=True):
+        sources = rows[first - begin : last - begin]
+        np.multiply(sources[0], weights[0], out=total)
+        for source, weight in zip(sources[1:], weights[1:], strict=False):
+            if weight:
+                np.multiply(source, weight, out=term)
+                np.add(total, term, out=total)
+    sums += 1 << (_BITS - 1)
+    np.right_shift(sums, _BITS, out=sums)
+    np.clip(sums, 0, 255, out=sums)
+    return sums.astype(np.uint8)
+
+
+def _taps(source: int, target: int) -> _Taps:
+    """Pillow's weights for resizing ``source`` rows to ``target``: the kernel grows when shrinking, edges renormalise."""
+    scale = source / target
+    stretch = max(scale, 1.0)
+    centre = (np.arange(target) + 0.5) * scale
+    first = np.maximum((centre - _REACH * stretch + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + _REACH * stretch + 0.5).astype(np.int64), source)
+    offset = np.arange(int((last - first).max()))
+    distance = (first[:, None] + offset - centre[:, None] + 0.5) * (1.0 / stretch)
+    weights = np.where(offset < (last - first)[:, None], _cubic(np.abs(distance)), 0.0)  # [target, k]
+    weights /= weights.sum(axis=1, keepdims=True)
+    fixed = np.trunc(weights * (1 << _BITS) + np.where(weights < 0, -0.5, 0.5)).astype(np.int32)
+    return _Taps(first, last, fixed)
+
+
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' cubic kernel with a = -1/2, for x >= 0."""
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
