@@ -21,6 +21,8 @@ class VisionLanguageModel(nn.Module, ABC):
     def __init__(self, config: Mapping[str, Any]) -> None:
         """``config``: the whole ``config.json``; ``ConfigError`` for a value that is not known."""
         super().__init__()
+        text = config.get("text_config") or config
+        self.vocab_size = int(text.get("vocab_size", config.get("vocab_size", 0)))
 
     @classmethod
     @abstractmethod
@@ -30,6 +32,11 @@ class VisionLanguageModel(nn.Module, ABC):
         Pure, lazy (evaluates nothing) and idempotent. Suffixes of quantised modules (``.weight``, ``.scales``,
         ``.biases``) follow their module's name. Unknown names pass unchanged, so that the strict load lists them.
         """
+
+    @classmethod
+    def keep_float32(cls, name: str) -> bool:
+        """Whether this parameter stays in float32 whatever type the rest of the model is loaded in."""
+        return False
 
     def prepare(self) -> None:  # noqa: B027  # a generation without such layouts needs nothing here
         """Called once after the weights are loaded: join weights, compute tables. Layouts made here are never stored."""
@@ -49,7 +56,9 @@ class VisionLanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def __call__(self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False) -> mx.array:
+    def __call__(
+        self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False
+    ) -> mx.array:
         """Logits ``[B, L, vocab]``, or ``[B, 1, vocab]`` of the last token with ``last_only``.
 
         With a cache, its tokens are what came before. ``embedded`` may be a slice of a longer prompt; a fresh one
