@@ -115,7 +115,7 @@ def media_of(
 
 
 def normalised_rows(media: Media, *, temporal_patch_size: int = 2) -> NDArray[np.float32]:
-    """The rows as the reference processors give them: float32 ``[n, 3*T*p*p]``, a still's temporal copies written out."""
+    """The rows as the reference gives them: float32 ``[n, 3*T*p*p]``, a still's temporal copies written out."""
     rows = np.asarray(media.patches)
     if rows.dtype != np.uint8:
         return rows.astype(np.float32, copy=False)

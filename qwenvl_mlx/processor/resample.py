@@ -21,11 +21,14 @@ Bytes = NDArray[np.uint8]
 
 
 class _Taps(NamedTuple):
-    """Which source rows make each target row: ``first`` and ``last`` (exclusive) ``[target]``, ``weights [target, k]``."""
+    """Which source rows make each target row: from ``first`` to before ``last``, by ``weights [target, k]``."""
 
     first: NDArray[np.int64]
     last: NDArray[np.int64]
     weights: NDArray[np.int32]
+
+    def part(self, begin: int, end: int) -> _Taps:
+        return _Taps(self.first[begin:end], self.last[begin:end], self.weights[begin:end])
 
 
 def strips(picture: Image.Image, width: int, height: int, step: int) -> Iterator[Bytes]:
@@ -65,8 +68,7 @@ def _vertical(picture: Image.Image, width: int, height: int, step: int) -> Itera
         else:
             rows = rows[first - begin :]
         begin, end = first, last
-        local = _Taps(*(part[top : top + step] for part in taps))
-        yield _weigh(rows.astype(np.int32), begin, local).reshape(step, width, 3)
+        yield _weigh(rows.astype(np.int32), begin, taps.part(top, top + step)).reshape(step, width, 3)
 
 
 def _weigh(rows: NDArray[np.int32], begin: int, taps: _Taps) -> Bytes:
@@ -87,7 +89,7 @@ def _weigh(rows: NDArray[np.int32], begin: int, taps: _Taps) -> Bytes:
 
 
 def _taps(source: int, target: int) -> _Taps:
-    """Pillow's weights for resizing ``source`` rows to ``target``: the kernel grows when shrinking, edges renormalise."""
+    """Pillow's weights for ``source`` rows to ``target``: the kernel grows when shrinking, edges renormalise."""
     scale = source / target
     stretch = max(scale, 1.0)
     centre = (np.arange(target) + 0.5) * scale
