@@ -43,7 +43,13 @@ class Cache(list[Any]):
         return self.attention.offset  # type: ignore[no-any-return]
 
     @property
-    def next_position(self) -> int | mx.array:
+    def is_empty(self) -> bool:
+        """Whether nothing is cached (again, after ``trim``)."""
+        first = self.attention
+        return first.empty() or (isinstance(first.offset, int) and first.offset == 0)
+
+    @property
+    def next_position(self) -> mx.array:
         """Rotary position of the next token, ``[B]`` (all three axes agree in text)."""
         return self.offset + self.rope_delta
 

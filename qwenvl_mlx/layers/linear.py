@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,3 +54,17 @@ def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
         return mx.addmm(residual, x, layer.weight.T)
     update: mx.array = layer(x)
     return residual + update
+
+
+def join_children(module: nn.Module, names: Sequence[str], joined: str) -> None:
+    """Replace the linear layers ``names`` of ``module`` by one, ``joined``, where their kinds agree."""
+    if joined in module or not joinable(*(module[name] for name in names)):
+        return
+    module[joined] = join(*(module.pop(name) for name in names))
+
+
+def project(module: nn.Module, names: Sequence[str], joined: str, x: mx.array) -> mx.array:
+    """Outputs of the linear layers ``names`` side by side, whether they were joined or not."""
+    if joined in module:
+        return module[joined](x)  # type: ignore[no-any-return]
+    return mx.concatenate([module[name](x) for name in names], axis=-1)

@@ -1,0 +1,101 @@
+"""Attention of the decoders: grouped queries, rotary positions, an optional norm of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.linear import join_children, project
+from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.layers.rotary import Angles
+
+mlx_lm = leaf("models.base")
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What all layers share in one forward pass.
+
+    ``angles``: of the tokens' positions. ``mask``: for attention; "causal", bool ``[B, 1, L, S]``, or None.
+    ``present``: bool ``[B, L]``, False where a row of a batch is padding; None when no row is padded.
+    """
+
+    angles: Angles
+    mask: mx.array | str | None
+    present: mx.array | None = None
+
+    @classmethod
+    def over(cls, hidden: mx.array, angles: Angles, cache: Cache | None) -> Pass:
+        """``hidden``: ``[B, L, d]``, the tokens that follow what is cached."""
+        length = hidden.shape[1]
+        if cache is None:
+            return cls(angles, "causal" if length > 1 else None)
+        recurrent = [layer for layer in cache if not hasattr(layer, "offset")]
+        present = recurrent[0].make_mask(length) if recurrent else None
+        return cls(angles, mlx_lm.create_attention_mask(hidden, cache.attention), present)
+
+
+class Attention(nn.Module):
+    """``bias``: of the query, key and value products; ``norm_eps``: None where queries and keys have no norm."""
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+        norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = heads, kv_heads, size
+        self.scale = size**-0.5
+        self.q_proj = nn.Linear(hidden, heads * size, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * size, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * size, bias=bias)
+        self.o_proj = nn.Linear(heads * size, hidden, bias=output_bias)
+        if norm_eps is not None:
+            self.q_norm = nn.RMSNorm(size, norm_eps)
+            self.k_norm = nn.RMSNorm(size, norm_eps)
+
+    def prepare(self) -> None:
+        """Join the three products into one, and the norms' weights of all heads."""
+        join_children(self, PROJECTIONS, "qkv_proj")
+        if "q_norm" in self:
+            self._head_weights = self._stack_weights()
+            mx.eval(self._head_weights)
+
+    def _stack_weights(self) -> mx.array:
+        return mx.stack([self.q_norm.weight] * self.heads + [self.k_norm.weight] * self.kv_heads)
+
+    def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
+        """``[B, L, hidden]`` -> heads side by side ``[B, L, heads * size]``, before ``o_proj``."""
+        return self.attend(project(self, PROJECTIONS, "qkv_proj", x), shared, cache)
+
+    def attend(self, qkv: mx.array, shared: Pass, cache: Any | None) -> mx.array:
+        """``qkv``: ``[B, L, (heads + 2 kv_heads) * size]``, in this order."""
+        batch, length, _ = qkv.shape
+        qkv = qkv.reshape(batch, length, -1, self.size)
+        qk, v = mx.split(qkv, [self.heads + self.kv_heads], axis=2)
+        qk = self._turn(qk, shared.angles).transpose(0, 2, 1, 3)
+        q, k = mx.split(qk, [self.heads], axis=1)  # [B, heads, L, size]
+        v = v.transpose(0, 2, 1, 3)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = mlx_lm.scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=shared.mask)
+        return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)  # type: ignore[no-any-return]
+
+    def _turn(self, qk: mx.array, angles: Angles) -> mx.array:
+        """Norm and rotation of queries and keys together, ``[B, L, heads + kv_heads, size]``."""
+        if "q_norm" not in self:
+            return angles.turn(qk)
+        weights = self._head_weights if "_head_weights" in self else self._stack_weights()
+        return angles.turn(mx.fast.rms_norm(qk, None, self.q_norm.eps), weights)

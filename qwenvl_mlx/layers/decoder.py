@@ -1,0 +1,112 @@
+"""The decoder: token embedding, layers, final norm, vocabulary. What its layers are is each generation's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwenvl_mlx.config import one_of
+from qwenvl_mlx.layers.attention import Attention, Pass
+from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.linear import add_linear
+from qwenvl_mlx.layers.mlp import MLP
+from qwenvl_mlx.layers.rotary import Angles
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Keys that all decoders have; ``head_dim`` is derived where the checkpoint leaves it out."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    intermediate_size: int = 0
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+
+    def __post_init__(self) -> None:
+        one_of(self.hidden_act, ["silu"], key="hidden_act")
+        one_of(bool(self.use_sliding_window), [False], key="use_sliding_window")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    def __init__(self, config: DecoderConfig, attention: Attention, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
+        heads = self.self_attn(self.input_layernorm(x), shared, cache)
+        x = add_linear(x, self.self_attn.o_proj, heads)
+        return add_mlp(x, self.mlp, self.post_attention_layernorm(x))
+
+
+def add_mlp(residual: mx.array, mlp: nn.Module, x: mx.array) -> mx.array:
+    """``residual + mlp(x)``, the sum within the last product where there is one."""
+    if isinstance(mlp, MLP):
+        return add_linear(residual, mlp.down_proj, mlp.inner(x))
+    update: mx.array = mlp(x)
+    return residual + update
+
+
+class Body(nn.Module):
+    """``language_model.model``: everything but the output layer."""
+
+    def __init__(self, config: DecoderConfig, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = list(layers)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """``language_model``. ``tied``: the output layer is the token embedding."""
+
+    def __init__(self, config: DecoderConfig, layers: Sequence[nn.Module], *, tied: bool) -> None:
+        super().__init__()
+        self.model = Body(config, layers)
+        if not tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        hidden: mx.array,
+        angles: Angles,
+        cache: Cache | None,
+        *,
+        deepstack: Sequence[mx.array] = (),
+        last_only: bool = False,
+    ) -> mx.array:
+        """``hidden``: ``[B, L, d]`` -> logits. ``deepstack[k]`` is added to the output of layer ``k``."""
+        shared = Pass.over(hidden, angles, cache)
+        states: Sequence[Any] = cache if cache is not None else [None] * len(self.model.layers)
+        for index, (layer, state) in enumerate(zip(self.model.layers, states, strict=True)):
+            hidden = layer(hidden, shared, state)
+            if index < len(deepstack):
+                hidden = hidden + deepstack[index]
+        hidden = self.model.norm(hidden[:, -1:] if last_only else hidden)
+        if "lm_head" in self:
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
+        return self.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]

@@ -1,0 +1,99 @@
+"""Geometry of a grid of patches: their order, their place, and which of them attend to each other.
+
+Patches come frame by frame, in blocks of ``merge x merge`` that later become one token: block row, block column, row
+in the block, column in the block. A grid is static, so all of this is computed by NumPy, once per picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from qwenvl_mlx.layers.rotary import Angles
+
+Grid = tuple[int, int, int]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def places(grid: Grid, merge: int) -> tuple[Ints, Ints]:
+    """Row and column of every patch of one frame, in patch order."""
+    _, h, w = grid
+    blocks = np.arange(h * w).reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2)
+    return np.divmod(blocks.ravel(), w)
+
+
+def patch_angles(grid: Grid, merge: int, head_size: int) -> Angles:
+    """2-D rotary angles: the first half of a head's pairs turns with the row, the second with the column."""
+    pairs = head_size // 4
+    exponent = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
+    speeds = mx.array(1 / np.float32(10000) ** exponent)
+    axes = [mx.array(np.tile(axis, grid[0]), mx.float32)[:, None] * speeds for axis in places(grid, merge)]
+    return Angles.of(mx.concatenate(axes, axis=-1))  # [patches, head_size / 2]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Groups of consecutive patches that attend to each other and to nobody else, as rows of one batch.
+
+    Groups of equal length are a view of the patches. Others are padded to the longest: ``index`` ``[count * length]``
+    takes each slot's patch, ``valid`` ``[count, 1, 1, length]`` is False where a slot is padding, and ``back``
+    ``[patches]`` takes the patches' slots again.
+    """
+
+    count: int
+    length: int
+    index: mx.array | None = None
+    valid: mx.array | None = None
+    back: mx.array | None = None
+
+    def slots(self, angles: Angles) -> Angles:
+        """Angles of the patches -> angles of the slots."""
+        return angles if self.index is None else angles.take(self.index)
+
+    @classmethod
+    def frames(cls, grid: Grid) -> Segments:
+        """Every frame (temporal group) of a picture or video by itself."""
+        return cls(grid[0], grid[1] * grid[2])
+
+    @classmethod
+    def of_sizes(cls, sizes: Ints) -> Segments:
+        """Consecutive groups of these sizes."""
+        longest = int(sizes.max())
+        if (sizes == longest).all():
+            return cls(len(sizes), longest)
+        slots = np.arange(longest)
+        valid = slots < sizes[:, None]
+        index = np.where(valid, (np.cumsum(sizes) - sizes)[:, None] + slots, 0)
+        return cls(
+            len(sizes),
+            longest,
+            mx.array(index.ravel().astype(np.int32)),
+            mx.array(valid[:, None, None]),
+            mx.array(np.flatnonzero(valid).astype(np.int32)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Qwen2.5-VL's windows: ``order`` takes merged units window by window, ``restore`` takes them back."""
+
+    order: mx.array
+    restore: mx.array
+    segments: Segments
+
+    @classmethod
+    def of(cls, grid: Grid, merge: int, side: int) -> Windows:
+        """``side``: of a window, in units of ``merge x merge`` patches; windows at the edges are smaller."""
+        t, h, w = grid[0], grid[1] // merge, grid[2] // merge
+        frame, row, column = np.indices((t, h, w)).reshape(3, -1)
+        down, across = -(-h // side), -(-w // side)
+        window = (frame * down + row // side) * across + column // side
+        order = np.argsort(window, kind="stable")
+        return cls(
+            mx.array(order.astype(np.int32)),
+            mx.array(np.argsort(order).astype(np.int32)),
+            Segments.of_sizes(np.bincount(window) * merge * merge),
+        )

@@ -1,0 +1,91 @@
+"""Feed-forward layers: gated, and mixtures of gated experts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwenvl_mlx.layers.linear import join_children, joinable, project
+from qwenvl_mlx.layers.mlx_lm import leaf
+
+switch = leaf("models.switch_layers")
+
+GATE_UP = ("gate_proj", "up_proj")
+
+
+@partial(mx.compile, shapeless=True)
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+def swiglu(gate_up: mx.array) -> mx.array:
+    """``silu(gate) * up`` of the two halves of the last axis."""
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    return _gated(gate, up)
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden: int, inner: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def prepare(self) -> None:
+        """Join gate and up into one product."""
+        join_children(self, GATE_UP, "gate_up_proj")
+
+    def inner(self, x: mx.array) -> mx.array:
+        """What ``down_proj`` takes: kept apart so that it can be added to the residual in one kernel."""
+        return swiglu(project(self, GATE_UP, "gate_up_proj", x))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.inner(x))  # type: ignore[no-any-return]
+
+
+class Halves(nn.Module):
+    """``swiglu`` as a layer: the activation of experts whose gate and up are joined."""
+
+    def __call__(self, gate_up: mx.array) -> mx.array:
+        return swiglu(gate_up)
+
+
+class Experts(nn.Module):
+    """A router and its experts: the ``top`` best of ``experts``, weighted by their renormalised probabilities."""
+
+    def __init__(self, hidden: int, inner: int, experts: int, top: int) -> None:
+        super().__init__()
+        self.top = top
+        self.gate = nn.Linear(hidden, experts, bias=False)
+        self.switch_mlp: Any = switch.SwitchGLU(hidden, inner, experts)
+
+    def prepare(self) -> None:
+        """Join gate and up of all experts: with them SwitchGLU becomes mlx-lm's two-layer SwitchMLP."""
+        split = self.switch_mlp
+        if not isinstance(split, switch.SwitchGLU) or not joinable(split.gate_proj, split.up_proj):
+            return
+        joined = switch.SwitchMLP(1, 1, 1, activation=Halves())
+        joined.fc1, joined.fc2 = _join_outputs(split.gate_proj, split.up_proj), split.down_proj
+        self.switch_mlp = joined
+
+    def __call__(self, x: mx.array) -> mx.array:
+        logits = self.gate(x)
+        best = mx.argpartition(-logits, kth=self.top - 1, axis=-1)[..., : self.top]
+        # a softmax over the best alone is the softmax over all, renormalised
+        weights = mx.softmax(mx.take_along_axis(logits, best, axis=-1), axis=-1, precise=True)
+        outputs = self.switch_mlp(x, best)  # [B, L, top, hidden]
+        return (weights[..., None, :].astype(outputs.dtype) @ outputs).squeeze(-2)
+
+
+def _join_outputs(first: nn.Module, second: nn.Module) -> nn.Module:
+    """Experts' weights ``[experts, outputs, inputs]`` one above the other."""
+    names = [name for name in ("weight", "scales", "biases") if first.get(name) is not None]
+    joined = {name: mx.concatenate([first[name], second[name]], axis=1) for name in names}
+    mx.eval(joined)
+    first.update(joined, strict=False)
+    return first

@@ -1,0 +1,136 @@
+"""Rotary angles, computed once for a forward pass and applied to queries and keys in one kernel.
+
+A rotated head pairs dimension ``j`` with ``j + dims/2``. Seen as runs of ``dims/2`` numbers, a head is: the first
+halves, the second halves, and whatever is not rotated. With those as broadcast views the rotation is elementwise,
+so MLX fuses it (with the weight of a query or key norm) into one kernel that copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from qwenvl_mlx.config import one_of
+from qwenvl_mlx.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Angles:
+    """Cosines and sines ``[..., 1, 1, dims/2]`` of the angle of each pair, for every token, float32."""
+
+    cos: mx.array
+    sin: mx.array
+
+    @classmethod
+    def of(cls, angles: mx.array) -> Angles:
+        """``angles``: ``[..., dims/2]``, one row for each token."""
+        angles = angles[..., None, None, :]
+        return cls(mx.cos(angles), mx.sin(angles))
+
+    def take(self, index: mx.array) -> Angles:
+        """The tokens in another order."""
+        return Angles(self.cos[index], self.sin[index])
+
+    def turn(self, x: mx.array, weight: mx.array | None = None) -> mx.array:
+        """Rotate ``[..., heads, size]`` in float32, after a product with ``weight`` ``[heads, size]`` in x's dtype."""
+        half = self.cos.shape[-1]
+        if x.shape[-1] % half:
+            x = x if weight is None else x * weight
+            return mx.concatenate([self.turn(x[..., : 2 * half]), x[..., 2 * half :]], axis=-1)
+        runs = x.reshape(*x.shape[:-1], -1, half)  # [..., heads, runs, half]
+        run = mx.arange(runs.shape[-2])[:, None]
+        if weight is None:
+            out = _turn(*_halves(runs), self.cos, self.sin, run)
+        else:
+            out = _scale_and_turn(
+                *_halves(runs), *_halves(weight.reshape(runs.shape[-3:])), self.cos, self.sin, run
+            )
+        return out.reshape(x.shape)
+
+
+def _halves(runs: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    return runs, runs[..., 0:1, :], runs[..., 1:2, :]
+
+
+@partial(mx.compile, shapeless=True)
+def _turn(
+    x: mx.array, first: mx.array, second: mx.array, cos: mx.array, sin: mx.array, run: mx.array
+) -> mx.array:
+    partner = mx.where(run == 0, -second, first).astype(mx.float32)
+    turned = x.astype(mx.float32) * cos + partner * sin
+    return mx.where(run < 2, turned.astype(x.dtype), x)
+
+
+@partial(mx.compile, shapeless=True)
+def _scale_and_turn(
+    x: mx.array,
+    first: mx.array,
+    second: mx.array,
+    weight: mx.array,
+    weight_first: mx.array,
+    weight_second: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    run: mx.array,
+) -> mx.array:
+    x_scaled = (x * weight).astype(x.dtype)
+    partner = mx.where(run == 0, -second * weight_second, first * weight_first).astype(x.dtype)
+    turned = x_scaled.astype(mx.float32) * cos + partner.astype(mx.float32) * sin
+    return mx.where(run < 2, turned.astype(x.dtype), x_scaled)
+
+
+@dataclass(frozen=True)
+class MRope:
+    """Rotary positions on three axes (time, height, width): which axis turns which pair, and how fast.
+
+    ``dims``: rotated dimensions of a head; ``sections``: pairs of each axis; ``interleaved``: Qwen3's order of them
+    (t h w t h w …) instead of Qwen2's chunks (t… h… w…).
+    """
+
+    dims: int
+    theta: float
+    sections: tuple[int, ...]
+    interleaved: bool
+
+    def at(self, positions: mx.array) -> Angles:
+        """``positions``: ``[3, L]``, ``[3, B, L]``, or ``[B, L]`` of text, where the axes agree."""
+        speed = mx.array(self.speeds())
+        if positions.ndim == 2 and positions.shape[0] == 3:
+            positions = positions[:, None]
+        if positions.ndim == 2:
+            return Angles.of(positions[..., None].astype(mx.float32) * speed)
+        each = mx.take(positions, mx.array(self.axes()), axis=0)  # [dims/2, B, L]
+        return Angles.of(each.transpose(1, 2, 0).astype(mx.float32) * speed)
+
+    def speeds(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Radians a position, of each pair; float32 from the start, as the reference computes them."""
+        exponent = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
+        return (1 / np.float32(self.theta) ** exponent).astype(np.float32)
+
+    def axes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The axis (0 time, 1 height, 2 width) that turns each pair."""
+        pairs = np.arange(self.dims // 2)
+        if not self.interleaved:
+            return np.repeat(np.arange(3), self.sections).astype(np.int32)
+        axis = pairs % 3
+        return np.where(pairs < 3 * np.array(self.sections)[axis], axis, 0).astype(np.int32)
+
+    @classmethod
+    def of(cls, text: Mapping[str, Any], head_size: int, *, interleaved: bool, defaults: Mapping[str, Any]) -> MRope:
+        """From a decoder's configuration, under either name; ``defaults`` for the keys that may be absent."""
+        raw = {**text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        for key in ("rope_type", "type"):
+            one_of(raw.get(key, "default"), ["default", "mrope"], key=f"rope {key}")
+        raw = {**defaults, **raw}
+        dims = int(head_size * raw.get("partial_rotary_factor", 1.0))
+        sections = tuple(raw["mrope_section"])
+        if dims % 2 or len(sections) != 3 or not (interleaved or sum(sections) == dims // 2):
+            raise ConfigError(
+                f"config.json: mrope_section {list(sections)} must divide the {dims // 2} pairs of a head into three"
+            )
+        return cls(dims, float(raw["rope_theta"]), sections, interleaved)

@@ -1,0 +1,187 @@
+"""Runs the golden cases of one generation: one runner for all of them.
+
+A golden holds what the PyTorch code computed in float32 with the same weights: see the README beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from helpers import reference
+
+from qwenvl_mlx.layers.batch import left_pad
+from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.media import Embedded, Media, Prompt
+from qwenvl_mlx.models import model_class
+from qwenvl_mlx.models.mrope import MRopeModel
+
+LAST = 12  # a golden holds the logits of this many last positions
+CLEAR = 1e-3  # greedy choices are compared until the two best logits are closer than this
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden file: arrays by name."""
+
+    arrays: dict[str, Any]
+    video_rows: Any = None
+
+    @classmethod
+    def load(cls, generation: str, name: str) -> Case:
+        arrays = dict(np.load(reference(f"{generation}/goldens/{name}.npz")))
+        if name == "video_flat":  # its pixels are those of the other form
+            return cls(arrays, np.load(reference(f"{generation}/goldens/video.npz"))["pixel_values_videos"])
+        return cls(arrays, arrays.get("pixel_values_videos"))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def __getitem__(self, key: str) -> Any:
+        return self.arrays[key]
+
+    @property
+    def rows(self) -> int:
+        return len(self["input_ids"])
+
+    def ids(self, row: int) -> list[int]:
+        return self["input_ids"][row][self["attention_mask"][row] > 0].tolist()  # type: ignore[no-any-return]
+
+    def media(self, kind: str) -> list[Media]:
+        """All pictures or all videos of the case, in order."""
+        pixels, grids = (
+            (self.arrays.get("pixel_values"), self.arrays.get("image_grid_thw"))
+            if kind == "image"
+            else (self.video_rows, self.arrays.get("video_grid_thw"))
+        )
+        if grids is None:
+            return []
+        seconds = self.arrays.get("second_per_grid_ts") if kind == "video" else None
+        ends = np.cumsum(grids.prod(1))
+        return [
+            Media(
+                kind,
+                pixels[end - grid.prod() : end],
+                tuple(grid.tolist()),
+                seconds_per_grid=None if seconds is None else float(seconds[index]),
+            )
+            for index, (grid, end) in enumerate(zip(grids, ends, strict=True))
+        ]
+
+    def prompts(self, model: MRopeModel) -> list[Prompt]:
+        """The rows of the case, with the media that belong to each, in the order of their placeholders."""
+        spec = model.placeholders
+        waiting = {kind: self.media(kind) for kind in ("image", "video")}
+        prompts = []
+        for row in range(self.rows):
+            ids = self.ids(row)
+            media = []
+            for kind, token in (("image", spec.image), ("video", spec.video)):
+                places = [index for index, found in enumerate(ids) if found == token]
+                while places:
+                    item = waiting[kind].pop(0)
+                    media.append((places[0], item))
+                    places = places[spec.tokens(item) :]
+            media.sort(key=lambda pair: pair[0])
+            prompts.append(Prompt(ids, [item for _, item in media]))
+        return prompts
+
+
+def load(folder: str, dtype: mx.Dtype = mx.float32) -> MRopeModel:
+    """A tiny checkpoint of the reference data, with all floating weights as ``dtype``."""
+    return load_folder(reference(folder), dtype)
+
+
+def load_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> MRopeModel:
+    config = json.loads((folder / "config.json").read_text())
+    weights: dict[str, mx.array] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= mx.load(str(file))
+    return build(config, weights, dtype)
+
+
+def build(config: dict[str, Any], weights: dict[str, mx.array], dtype: mx.Dtype = mx.float32) -> MRopeModel:
+    cls = model_class(config)
+    model = cls(config)
+    weights = cls.sanitize(weights, config)
+    settings = config.get("quantization")
+    if settings:
+        nn.quantize(
+            model,
+            **{"group_size": settings["group_size"], "bits": settings["bits"]},
+            class_predicate=lambda path, module: f"{path}.scales" in weights,
+        )
+    floats = {
+        name: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for name, w in weights.items()
+    }
+    model.load_weights(list(floats.items()), strict=True)
+    model.prepare()
+    assert isinstance(model, MRopeModel)
+    return model
+
+
+def embedded(model: MRopeModel, prompt: Prompt, positions: Any = None) -> Embedded:
+    """A prompt ready for the decoder, with other positions than ours if given (``[3, L]``)."""
+    ready = model.embed(prompt.input_ids, model.encode(prompt.media), prompt.media)
+    if positions is None:
+        return ready
+    delta = int(positions.max()) + 1 - len(prompt)
+    return replace(ready, positions=mx.array(positions.astype(np.int32)), rope_delta=delta)
+
+
+def batch(model: MRopeModel, rows: list[Embedded]) -> tuple[Embedded, Cache]:
+    if len(rows) == 1:
+        return rows[0], model.make_cache()
+    return left_pad(rows, model.make_cache())
+
+
+def greedy(model: MRopeModel, logits: mx.array, cache: Cache, count: int) -> tuple[Any, Any]:
+    """``count`` greedy tokens ``[B, count]`` after a prefill, and the logits of each step ``[B, count, vocab]``."""
+    tokens, steps = [], []
+    last = logits[:, -1]
+    for _ in range(count):
+        steps.append(np.array(last.astype(mx.float32)))
+        token = mx.argmax(last, axis=-1)
+        tokens.append(np.array(token))
+        last = model.decode(token[:, None], cache)[:, -1]
+    return np.stack(tokens, 1), np.stack(steps, 1)
+
+
+def same_until_unclear(ours: Any, theirs: Any, logits: Any) -> bool:
+    """Equal tokens in every row, up to the first choice that float32 can't settle."""
+    for row in range(len(theirs)):
+        two = np.sort(logits[row], axis=-1)[:, -2:]
+        unclear = np.flatnonzero(two[:, 1] - two[:, 0] < CLEAR)
+        end = unclear[0] if len(unclear) else theirs.shape[1]
+        if not np.array_equal(ours[row, :end], theirs[row, :end]):
+            return False
+    return True
+
+
+class Recorder(nn.Module):
+    """Stands in for a block and keeps what it gives, in the order of calls."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.outputs: list[mx.array] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(*args, **kwargs)
+        self.outputs = [*self.outputs, out]
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block, name)
+
+
+def difference(ours: mx.array | Any, theirs: Any) -> float:
+    return float(np.abs(np.array(ours, np.float64) - theirs).max())
