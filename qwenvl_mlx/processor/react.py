@@ -5,6 +5,7 @@ The wording is the one that its API server was published with; another one is an
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -160,9 +161,7 @@ def _said(message: Mapping[str, Any], content: Content, before: Content, *, with
 
 def _before_question(turns: list[Turn], preface: str) -> None:
     """The last user's turn that has an answer, else the query."""
-    answered = [
-        turn for turn, following in zip(turns, turns[1:], strict=False) if following["role"] == "assistant"
-    ]
+    answered = [turn for turn, following in itertools.pairwise(turns) if following["role"] == "assistant"]
     turn = answered[-1] if answered else turns[-1]
     turn["content"] = _joined(f"{preface}\n\nQuestion: ", turn["content"])
 
