@@ -14,7 +14,7 @@ from qwenvl_mlx import __version__
 from qwenvl_mlx.errors import GenerationError, QwenVLError
 
 if TYPE_CHECKING:
-    from qwenvl_mlx.engine.options import GenerationOptions
+    from qwenvl_mlx.engine.options import EngineOptions, GenerationOptions
     from qwenvl_mlx.processor.base import MediaOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -122,6 +122,34 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | N
     )
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """``--max-kv-size --kv-bits --cache-bytes``: how much the engine may keep."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--max-kv-size",
+        type=positive,
+        metavar="N",
+        help="tokens of prompt and answer together (default: model's)",
+    )
+    group.add_argument("--kv-bits", type=int, choices=(4, 8), help="quantise the KV cache")
+    group.add_argument(
+        "--cache-bytes",
+        type=size,
+        metavar="SIZE",
+        help="what to keep of earlier prompts, like 2G; 0: nothing",
+    )
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, with an optional K, M, G or T."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
+    value = int(float(number) * 2 ** units.get(unit, 0))
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer above 0."""
     value = int(text)
@@ -152,6 +180,13 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
         stop=tuple(args.stop),
         ignore_eos=getattr(args, "ignore_eos", False),
     )
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """What ``add_engine_options`` has read."""
+    from qwenvl_mlx.engine.options import EngineOptions
+
+    return EngineOptions(max_kv_size=args.max_kv_size, kv_bits=args.kv_bits, cache_bytes=args.cache_bytes)
 
 
 def use_device(name: str | None) -> None:

@@ -17,7 +17,7 @@ from qwenvl_mlx.errors import PromptError
 from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
-from qwenvl_mlx.models.base import VisionLanguageModel
+from qwenvl_mlx.models.base import Places, VisionLanguageModel
 from qwenvl_mlx.processor.base import Box, GenerationDefaults, MediaOptions, Message, Processor
 
 base = leaf("models.base")
@@ -90,13 +90,18 @@ class FakeModel(VisionLanguageModel):
         self.encoded += [item.digest for item in media]
         return [Features(3.0 * self.patch(mx.array(item.patches))) for item in media]
 
+    def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:
+        places = np.flatnonzero(np.array(input_ids) == PICTURE)
+        sizes = [len(item.patches) for item in media]
+        if len(places) != sum(sizes):
+            raise PromptError("placeholders and media differ")
+        return np.split(places, np.cumsum(sizes)[:-1]) if sizes else []
+
     def embed(
         self, input_ids: Sequence[int], features: Sequence[Features | None], media: Sequence[Media]
     ) -> Embedded:
         ids = np.array(input_ids)
-        places = np.flatnonzero(ids == PICTURE)
-        if len(places) != sum(len(item.patches) for item in media):
-            raise PromptError("placeholders and media differ")
+        places = np.concatenate([*self.media_places(input_ids, media), np.zeros(0, int)])
         hidden = self.embedding(mx.array(ids))
         if len(places):
             rows = [

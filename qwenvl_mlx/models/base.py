@@ -8,9 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
+
+Places = NDArray[np.int64]
 
 
 class VisionLanguageModel(nn.Module, ABC):
@@ -54,6 +58,10 @@ class VisionLanguageModel(nn.Module, ABC):
         ``features[i]`` may be None where the tokens of ``media[i]`` are already in the KV cache: zeros stand in.
         Raises ``PromptError`` when placeholders and media don't fit each other.
         """
+
+    @abstractmethod
+    def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:
+        """For each media item, the indices of the tokens that its features take. ``PromptError`` as ``embed``."""
 
     @abstractmethod
     def __call__(

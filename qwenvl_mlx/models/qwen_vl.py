@@ -20,7 +20,7 @@ from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
 from qwenvl_mlx.layers.linear import add_linear, join, joinable
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.media import Embedded, Features, Media
-from qwenvl_mlx.models.base import VisionLanguageModel
+from qwenvl_mlx.models.base import Places, VisionLanguageModel
 from qwenvl_mlx.models.qwen_vl_vision import VisionConfig, VisionTower, vision_config
 from qwenvl_mlx.models.qwen_vl_vision import sanitize as sanitize_vision
 
@@ -218,6 +218,10 @@ class Model(VisionLanguageModel):
             mx.array(value)[:, None, None] for value in (item.mean or PIXEL_MEAN, item.std or PIXEL_STD)
         )
         return (pixels.astype(mx.float32) / 255 - mean) / std
+
+    def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:
+        starts = self._picture_starts(np.asarray(input_ids, np.int32), len(media))
+        return [start + 1 + np.arange(self.vision.n_queries) for start in starts]
 
     def embed(
         self, input_ids: Sequence[int], features: Sequence[Features | None], media: Sequence[Media]

@@ -1,0 +1,170 @@
+"""``python -m qwenvl_mlx.generate``: ask about pictures and videos once, text on stdout, statistics on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_mlx import cli
+from qwenvl_mlx.errors import OutputError, PromptError
+
+if TYPE_CHECKING:
+    from qwenvl_mlx.engine import Engine, Reply
+    from qwenvl_mlx.media import Prompt
+
+Part = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    cli.set_up_logging(args)
+    return cli.run(lambda: _work(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("generate", "Answer one prompt about pictures and videos.")
+    cli.add_model_argument(parser)
+    prompt = parser.add_argument_group("prompt")
+    for kind in ("image", "video"):
+        prompt.add_argument(
+            f"--{kind}",
+            action="append",
+            dest="media",
+            default=[],
+            type=lambda source, kind=kind: {"type": kind, kind: source},
+            metavar="PATH",
+            help=f"{kind} file, URL or data URI; repeatable, stands before the text",
+        )
+    prompt.add_argument("--prompt", metavar="TEXT", help="the question")
+    prompt.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
+    prompt.add_argument(
+        "--messages", type=Path, metavar="FILE.json", help="a whole conversation, OpenAI style"
+    )
+    prompt.add_argument("--raw", action="store_true", help="send the prompt without a chat template")
+    cli.add_media_options(parser)
+    cli.add_sampling_options(parser)
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of the answer")
+    cli.add_engine_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object in place of text")
+    output.add_argument("--boxes", type=Path, metavar="OUT.png", help="draw the places that the answer names")
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error (code 2) where options contradict each other."""
+    if (args.prompt is None) == (args.messages is None):
+        parser.error("give either --prompt or --messages")
+    if args.messages and (args.raw or args.system or args.media):
+        parser.error("--messages already holds everything: leave out --raw, --system, --image and --video")
+    if args.raw and args.system:
+        parser.error("--raw takes no --system: write it into the prompt")
+
+
+def _work(args: argparse.Namespace) -> None:
+    if args.boxes and not args.boxes.absolute().parent.is_dir():
+        raise OutputError(f"{args.boxes.parent} is not a folder: make it, or give another --boxes")
+    messages = _messages(args)  # read before the model is loaded: a slip is told at once
+    options = cli.generation_options(args)
+    cli.use_device(args.device)
+    from qwenvl_mlx.api import load
+    from qwenvl_mlx.engine import Engine
+
+    model, processor = load(args.model, dtype=args.dtype)
+    media = cli.media_options(args)
+    if args.raw:
+        prompt = processor.raw(args.prompt, args.media, options=media)
+    else:
+        prompt = processor(messages, options=media)
+    with Engine(model, processor, cli.engine_options(args)) as engine:
+        request = engine.stream(prompt, options)
+        reply = _print_json(request, prompt) if args.json else _print_text(request)
+    _print_statistics(reply)
+    if args.boxes:
+        _draw(reply, messages if not args.raw else [{"content": args.media}], args.boxes)
+
+
+def _messages(args: argparse.Namespace) -> list[Part]:
+    if args.messages:
+        return read_messages(args.messages)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    text = {"type": "text", "text": args.prompt}
+    return [*system, {"role": "user", "content": [*args.media, text] if args.media else args.prompt}]
+
+
+def read_messages(path: Path) -> list[Part]:
+    """A list of messages, or an object with one under ``messages``; ``PromptError`` for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PromptError(f"{path} does not exist: check --messages") from None
+    except IsADirectoryError:
+        raise PromptError(f"{path} is a folder: give a JSON file as --messages") from None
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path} is not JSON ({error})") from error
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise PromptError(f'{path} must hold a list like [{{"role": "user", "content": "..."}}]')
+    return messages
+
+
+def _print_text(events: Any) -> Reply:
+    from qwenvl_mlx.engine import TextEvent
+
+    for event in events:
+        if isinstance(event, TextEvent):
+            print(event.text, end="", flush=True)
+    print()
+    reply: Reply = event.reply
+    return reply
+
+
+def _print_json(events: Any, prompt: Prompt) -> Reply:
+    *_, last = events
+    reply: Reply = last.reply
+    print(json.dumps(as_json(reply), ensure_ascii=False))
+    return reply
+
+
+def as_json(reply: Reply) -> dict[str, Any]:
+    """A reply as the object that ``--json`` prints."""
+    return {
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "prompt_tokens": reply.usage.prompt_tokens,
+        "completion_tokens": reply.usage.completion_tokens,
+        "cached_tokens": reply.usage.cached_tokens,
+        "prompt_token_ids": reply.prompt_token_ids,
+        "finish_reason": reply.finish_reason,
+        "boxes": [dataclasses.asdict(box) for box in reply.boxes],
+        "timings": dataclasses.asdict(reply.timings),
+    }
+
+
+def _print_statistics(reply: Reply) -> None:
+    usage, timings = reply.usage, reply.timings
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    vision = f", pictures {timings.vision:.2f} s" if timings.vision else ""
+    print(
+        f"prompt: {usage.prompt_tokens} tokens{cached}, {timings.prompt_tokens_per_second:.1f} tokens/s{vision}\n"
+        f"answer: {usage.completion_tokens} tokens, {timings.tokens_per_second:.1f} tokens/s, "
+        f"the first after {timings.ttft:.2f} s\npeak memory: {_peak_gigabytes():.2f} GB",
+        file=sys.stderr,
+    )
+
+
+def _peak_gigabytes() -> float:
+    import mlx.core as mx
+
+    return mx.get_peak_memory() / 1e9
+
+
+if __name__ == "__main__":
+    sys.exit(main())
