@@ -15,7 +15,7 @@ from qwenvl_mlx.layers.decoder import Decoder, DecoderConfig
 from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.spans import Placeholders
 from qwenvl_mlx.media import Embedded, Features, Media
-from qwenvl_mlx.models.base import VisionLanguageModel
+from qwenvl_mlx.models.base import Places, VisionLanguageModel
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -66,6 +66,9 @@ class MRopeModel(VisionLanguageModel):
 
     def encode(self, media: Sequence[Media]) -> list[Features]:
         return [self.vision_tower(item) for item in media]
+
+    def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:
+        return self.placeholders.find(input_ids, media)
 
     def embed(
         self, input_ids: Sequence[int], features: Sequence[Features | None], media: Sequence[Media]
