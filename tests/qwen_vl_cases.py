@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ import numpy as np
 from helpers import reference
 from PIL import Image
 
+from qwenvl_mlx.checkpoint import load_model
 from qwenvl_mlx.media import Media, Prompt
 from qwenvl_mlx.models.qwen_vl import PIXEL_MEAN, PIXEL_STD, Model
 
@@ -21,19 +24,17 @@ CHECKPOINTS = {"tiny_hd128": "tiny_hd128", "tiny_chat": "tiny_chat/safetensors_f
 STRIDES = (1, 4, 8, 16, 64)  # the goldens keep every n-th row
 
 
-def load(folder: str, dtype: mx.Dtype = mx.float32, *, bits: int = 0, **changes: Any) -> Model:
-    """A tiny checkpoint by its golden's name; ``changes`` to its config.json; ``bits`` quantises the decoder."""
-    path = reference(f"qwen_vl/ckpt/{CHECKPOINTS.get(folder, folder)}")
-    config = json.loads((path / "config.json").read_text()) | changes
-    weights: dict[str, mx.array] = {}
-    for part in sorted(path.glob("*.safetensors")):
-        weights |= mx.load(str(part))  # type: ignore[arg-type]
-    model = Model(config)
-    weights = {name: array.astype(dtype) for name, array in Model.sanitize(weights, config).items()}
-    model.load_weights(list(weights.items()), strict=True)
-    if bits:
-        nn.quantize(model.language_model, group_size=32, bits=bits)
-    model.prepare()
+def load(folder: str, dtype: str = "float32", **changes: Any) -> Model:
+    """A tiny checkpoint by its golden's name, or by its folder; ``changes`` to its config.json."""
+    source = reference(f"qwen_vl/ckpt/{CHECKPOINTS.get(folder, folder)}")
+    with tempfile.TemporaryDirectory() as place:
+        for path in source.iterdir():
+            (Path(place) / path.name).symlink_to(path)
+        config = Path(place) / "config.json"
+        config.unlink()
+        config.write_text(json.dumps(json.loads((source / "config.json").read_text()) | changes))
+        model = load_model(place, dtype)
+    assert isinstance(model, Model)
     return model
 
 

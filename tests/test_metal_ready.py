@@ -38,14 +38,8 @@ Squeeze StopGradient Subtract Tanh Transpose Unflatten View RMSNorm LayerNorm Ro
 ScaledDotProductAttention GatedDelta
 """
 NOT_ON_THE_GPU = {mx.float64, mx.complex64}
-FUSED_FULL = {
-    64,
-    72,
-    80,
-    96,
-    128,
-}  # head sizes of the fused kernel for more than 8 queries, and of that for fewer
-FUSED_VECTOR = {64, 96, 128, 256}
+FUSED_FULL = {64, 72, 80, 96, 128}  # head sizes of the fused kernel for more than 8 queries
+FUSED_VECTOR = {64, 96, 128, 256}  # and of that for fewer
 MLX_FALLS_BACK = {256}  # Qwen3.5's heads in a prefill: MLX itself computes those in separate steps
 
 READY = [name for name in NAMES if find_spec(f"qwenvl_mlx.models.{GENERATIONS[SIZES[name]['model_type']]}")]

@@ -11,12 +11,15 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import reference
+from mlx.utils import tree_flatten
 from PIL import Image
-from qwen_vl_cases import CHECKPOINTS, difference, goldens, load, media, prompt, record, record_all
+from qwen_vl_cases import CHECKPOINTS, Recorder, difference, goldens, load, media, prompt, record, record_all
 
+from qwenvl_mlx.checkpoint import load_model
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.dynamic_ntk import Rotary, ntk_alpha
@@ -249,7 +252,8 @@ def divergence(wanted: Any, logits: mx.array) -> float:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_quantised_weights_stay_near(name: str, bits: int, bound: float) -> None:
     """Measured 2e-3 and 0.8. Random weights suffer far more than trained ones: the 4-bit bound only catches damage."""
-    net, worst = load(name, bits=bits), 0.0
+    net, worst = load(name), 0.0
+    nn.quantize(net.language_model, group_size=32, bits=bits)
     for case in ("text", "img1", "img2"):
         golden = goldens(name)[case]
         logits = net.logits(prompt(net, golden["ids"][0]))[:, -golden["logits"].shape[1] :]
@@ -261,7 +265,7 @@ def test_quantised_weights_stay_near(name: str, bits: int, bound: float) -> None
 @pytest.mark.parametrize("case", ["text", "img1"])
 def test_half_precision_stays_as_near_as_torch_does(case: str) -> None:
     golden = goldens("tiny_chat_bf16")[case]
-    net = model("tiny_chat", mx.bfloat16)
+    net = model("tiny_chat", "bfloat16")
     asked = prompt(net, golden["ids"][0])
     logits = net.logits(asked)[:, -4:]
     assert logits.dtype == mx.bfloat16
@@ -270,6 +274,75 @@ def test_half_precision_stays_as_near_as_torch_does(case: str) -> None:
     print(f"{case}: ours {ours:.1e}, torch {theirs:.1e}")
     assert ours < 2 * theirs + 1e-4
     assert difference(logits, golden["native_bf16/logits_last4"]) < 0.3
+
+
+@pytest.mark.parametrize("case", ["text", "img1", "img2"])
+def test_torch_shards_in_half_precision_computed_in_float32(case: str) -> None:
+    golden, net = goldens("tiny_chat_bf16")[case], model("tiny_chat/bin_bf16")
+    asked = prompt(net, golden["ids"][0])
+    logits, state = prefill(net, asked)
+    assert difference(net.logits(asked)[:, -4:], golden["bf16weights_f32compute/logits_last4"]) < LOGITS
+    assert greedy(net, logits, state, 16) == golden["bf16weights_f32compute/greedy_ids"].tolist()
+
+
+def test_torch_shards_hold_what_safetensors_hold() -> None:
+    ours, theirs = (
+        dict(tree_flatten(model(name).parameters())) for name in ("tiny_chat", "tiny_chat/bin_fp32")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(array, theirs[name]) for name, array in ours.items())
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The GPTQ sibling: packed decoder blocks, everything else of the checkpoint that they were made from."""
+    folder = tmp_path_factory.mktemp("int4")
+    packed, plain = reference("qwen_vl/ckpt/tiny_hd128_int4"), reference("qwen_vl/ckpt/tiny_hd128")
+    blocks = mx.load(str(packed / "llm_blocks_int4.safetensors"))
+    rest = mx.load(str(plain / "model.safetensors"))
+    assert isinstance(blocks, dict)
+    assert isinstance(rest, dict)
+    rest = {name: array for name, array in rest.items() if not name.startswith("transformer.h.")}
+    mx.save_safetensors(str(folder / "model.safetensors"), rest | blocks)
+    (folder / "config.json").write_bytes((packed / "config.json").read_bytes())
+    net = load_model(folder, "float32")
+    assert isinstance(net, Model)
+    return net
+
+
+@pytest.mark.parametrize("case", ["text", "img1"])
+def test_the_int4_sibling(int4: Model, case: str) -> None:
+    golden = goldens("tiny_hd128_int4")[case]
+    assert isinstance(int4.language_model.model.h[0].mlp.gate_up, nn.QuantizedLinear)
+    block = int4.language_model.model.h[0]
+    recorder = int4.language_model.model.h[0] = Recorder(block)
+    logits = int4.logits(prompt(int4, golden["ids"][0]))[:, -4:]
+    int4.language_model.model.h[0] = block
+    assert difference(recorder.made[0][:, -4:], golden["llm.block0"]) < 1e-3
+    assert difference(logits, golden["logits_last4"]) < LOGITS
+
+
+def test_joined_and_padded_layouts_hold_for_quantised_weights() -> None:
+    """Heads of 32 are widened to 64, gate and up joined: the same as the dequantised model without either."""
+    vision = {"image_size": 112, "patch_size": 14, "width": 128, "layers": 2, "heads": 4, "mlp_ratio": 2.0}
+    visual = {**vision, "output_dim": 256, "image_start_id": 500, "n_queries": 16}
+    config = json.loads((reference("qwen_vl/ckpt/tiny_hd128") / "config.json").read_text()) | {
+        "visual": visual
+    }
+    mx.random.seed(0)
+    small, plain = Model(config), Model(config)
+    nn.quantize(small, group_size=32, bits=4, class_predicate=lambda _, m: hasattr(m, "to_quantized"))
+    weights = dict(tree_flatten(small.parameters()))
+    for name in [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]:
+        packed = [weights.pop(f"{name}.{part}") for part in ("weight", "scales", "biases")]
+        weights[f"{name}.weight"] = mx.dequantize(*packed, group_size=32, bits=4)
+    plain.load_weights(list(weights.items()))
+    small.prepare()
+    plain.vision_tower.prepare()
+    pixels = [Media("image", np.random.default_rng(0).standard_normal((3, 112, 112), np.float32), (1, 8, 8))]
+    asked = Prompt([1, 500, *[2] * 16, 501, 3], pixels)
+    assert difference(small.encode(pixels)[0].embeddings, np.array(plain.encode(pixels)[0].embeddings)) < 1e-4
+    assert difference(small.logits(asked), np.array(plain.logits(asked))) < 1e-4
 
 
 def test_position_tables_equal_torch_interpolation() -> None:
