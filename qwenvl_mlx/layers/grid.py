@@ -78,7 +78,7 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Qwen2.5-VL's windows: ``order`` takes merged units window by window, ``restore`` takes them back."""
+    """Qwen2.5-VL's windows: ``order`` takes patches window by window, ``restore`` takes merged tokens back."""
 
     order: mx.array
     restore: mx.array
@@ -91,9 +91,9 @@ class Windows:
         frame, row, column = np.indices((t, h, w)).reshape(3, -1)
         down, across = -(-h // side), -(-w // side)
         window = (frame * down + row // side) * across + column // side
-        order = np.argsort(window, kind="stable")
+        order, unit = np.argsort(window, kind="stable"), merge * merge
         return cls(
-            mx.array(order.astype(np.int32)),
+            mx.array((order[:, None] * unit + np.arange(unit)).ravel().astype(np.int32)),
             mx.array(np.argsort(order).astype(np.int32)),
-            Segments.of_sizes(np.bincount(window) * merge * merge),
+            Segments.of_sizes(np.bincount(window) * unit),
         )

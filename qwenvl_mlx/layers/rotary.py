@@ -98,14 +98,15 @@ class MRope:
     interleaved: bool
 
     def at(self, positions: mx.array) -> Angles:
-        """``positions``: ``[3, L]``, ``[3, B, L]``, or ``[B, L]`` of text, where the axes agree."""
-        speed = mx.array(self.speeds())
-        if positions.ndim == 2 and positions.shape[0] == 3:
-            positions = positions[:, None]
+        """Angles of positions on three axes, ``[3, L]`` or ``[3, B, L]``."""
         if positions.ndim == 2:
-            return Angles.of(positions[..., None].astype(mx.float32) * speed)
+            positions = positions[:, None]
         each = mx.take(positions, mx.array(self.axes()), axis=0)  # [dims/2, B, L]
-        return Angles.of(each.transpose(1, 2, 0).astype(mx.float32) * speed)
+        return Angles.of(each.transpose(1, 2, 0).astype(mx.float32) * mx.array(self.speeds()))
+
+    def text(self, positions: mx.array) -> Angles:
+        """Angles of text, where the axes agree: positions ``[B, L]``."""
+        return Angles.of(positions[..., None].astype(mx.float32) * mx.array(self.speeds()))
 
     def speeds(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Radians a position, of each pair; float32 from the start, as the reference computes them."""
