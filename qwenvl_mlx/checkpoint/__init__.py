@@ -2,6 +2,7 @@
 
 Follow one through: ``files`` finds what to read, ``safetensors`` and ``torch_file`` (with ``pickles``) read it,
 ``reading`` puts the files together, ``quantized`` turns GPTQ, AWQ and FP8 into MLX's form, ``loading`` fills a model.
+``writing`` streams tensors into safetensors shards.
 """
 
 from qwenvl_mlx.checkpoint.loading import load_model
