@@ -97,3 +97,28 @@ class Windows:
             mx.array(np.argsort(order).astype(np.int32)),
             Segments.of_sizes(np.bincount(window) * unit),
         )
+
+
+Taps = list[tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, np.dtype[np.float32]]]]
+
+
+def bilinear_taps(grid: Grid, merge: int, side: int) -> Taps:
+    """How to read a ``side x side`` table at the patches of one frame, corners on corners.
+
+    Four pairs: the table's rows to take ``[patches]``, and their shares.
+    """
+    axes = [_linear_taps(place, size, side) for place, size in zip(places(grid, merge), grid[1:], strict=True)]
+    return [
+        ((row * side + column).astype(np.int32), down * across)
+        for row, down in axes[0]
+        for column, across in axes[1]
+    ]
+
+
+def _linear_taps(place: Ints, size: int, side: int) -> list[tuple[Ints, np.ndarray[Any, np.dtype[np.float32]]]]:
+    """The two neighbours of each place on one axis, and their shares, in float32 as the reference has them."""
+    source = place.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+    low = np.floor(source)
+    above = source - low
+    first = low.astype(np.int64)
+    return [(first, 1 - above), (np.minimum(first + 1, side - 1), above)]
