@@ -99,6 +99,21 @@ class Engine:
         finally:
             request.cancel()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: not closed, and its thread has not failed."""
+        return not self._closed and self._loop.fault is None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that nobody has looked at yet."""
+        return self._loop.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests that are being read or answered."""
+        return self._loop.running
+
     def close(self) -> None:
         """End the engine after the step that it is in; requests under way fail with ``GenerationError``."""
         with self._lock:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qwenvl_mlx.errors import GenerationError
+
+
+class Guide(Protocol):
+    """Keeps one answer to a grammar."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next: ``[vocab]``, at least one of them."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was chosen."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +27,8 @@ class GenerationOptions:
     """Options of one request. None: as the checkpoint's ``generation_config.json`` says, else off.
 
     ``temperature`` 0 is greedy. ``stop``: texts that end the answer and are not part of it. ``logprobs``: return the
-    log-probability of each token and of that many alternatives.
+    log-probability of each token and of that many alternatives. ``constraint``: makes the guide of an answer that
+    must follow a grammar.
     """
 
     max_tokens: int | None = None
@@ -29,6 +44,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Callable[[], Guide] | None = None
 
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 1, None)
