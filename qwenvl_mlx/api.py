@@ -78,7 +78,7 @@ def _engine(
     """Sort named options by whom they belong to; ``GenerationError`` for a name that nobody knows."""
     if isinstance(options.get("stop"), str):
         options["stop"] = (options["stop"],)
-    arguments = {name: options.pop(name) for name in ("tools", "template") if name in options}
+    arguments: dict[str, Any] = {name: options.pop(name) for name in ("tools", "template") if name in options}
     arguments["options"] = GenerationOptions(**_fields_of(GenerationOptions, options))
     arguments["media"] = MediaOptions(**_fields_of(MediaOptions, options))
     engine_options = EngineOptions(**_fields_of(EngineOptions, options))

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             dest="media",
             default=[],
-            type=lambda source, kind=kind: {"type": kind, kind: source},
+            type=_part(kind),
             metavar="PATH",
             help=f"{kind} file, URL or data URI; repeatable, stands before the text",
         )
@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print one JSON object in place of text")
     output.add_argument("--boxes", type=Path, metavar="OUT.png", help="draw the places that the answer names")
     return parser
+
+
+def _part(kind: str) -> Callable[[str], Part]:
+    return lambda source: {"type": kind, kind: source}
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

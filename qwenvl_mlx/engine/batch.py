@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from qwenvl_mlx.engine.events import TokenLogprob
+from qwenvl_mlx.engine.prefix_cache import Ids
 from qwenvl_mlx.engine.sampling import Sampler
 from qwenvl_mlx.engine.sequence import Sequence
 from qwenvl_mlx.layers.cache import Cache
@@ -15,11 +16,16 @@ from qwenvl_mlx.models.base import VisionLanguageModel
 
 @dataclass(eq=False)
 class Row:
-    """One answer's place in the batch. ``fed``: how many of its tokens are in the cache."""
+    """One answer's place in the batch. ``fed``: how many of the answer's tokens are in the cache.
+
+    ``prompt_ids`` and ``rope_key``: under which its state will be remembered.
+    """
 
     sequence: Sequence
     sampler: Sampler
-    fed: int
+    prompt_ids: Ids
+    rope_key: float
+    fed: int = 0
     pending: Logprobs | None = None
 
     @property
@@ -43,6 +49,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def takes(self, cache: Cache) -> bool:
+        """Whether a row with such a cache can join: mlx-lm has no batches of quantised ones."""
+        return not self.rows or all(hasattr(layer, "merge") for layer in cache)
 
     def add(self, row: Row, cache: Cache, logits: mx.array) -> None:
         """Let a row join after its prefill; ``logits`` ``[vocab]`` give its first token."""

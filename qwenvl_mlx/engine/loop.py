@@ -12,10 +12,14 @@ from collections import deque
 from collections.abc import Iterator
 
 import mlx.core as mx
+import numpy as np
 
+from qwenvl_mlx.engine import memory
 from qwenvl_mlx.engine.batch import Batch, Row
+from qwenvl_mlx.engine.kv import cache_maker
 from qwenvl_mlx.engine.options import EngineOptions
 from qwenvl_mlx.engine.prefill import Prefill
+from qwenvl_mlx.engine.prefix_cache import Ids, PrefixCache
 from qwenvl_mlx.engine.request import Request
 from qwenvl_mlx.engine.sampling import Sampler
 from qwenvl_mlx.engine.sequence import Sequence
@@ -42,7 +46,11 @@ class Loop:
         self._context = context
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
-        self._batch = Batch(model)
+        self._lanes: list[Batch] = []  # one, unless the kind of cache forbids batches
+        self._new_cache = cache_maker(model, options.kv_bits)
+        self._turn = processor.tokenizer.id("<|im_start|>")
+        budget = memory.default_cache_bytes() if options.cache_bytes is None else options.cache_bytes
+        self.prefixes = PrefixCache(budget)
         self._prefill: Prefill | None = None
         self._slices: Iterator[None] = iter(())
         self._closing = threading.Event()
@@ -56,7 +64,11 @@ class Loop:
     @property
     def running(self) -> int:
         """Requests that are being read or answered."""
-        return len(self._batch) + (self._prefill is not None)
+        return self._answering + (self._prefill is not None)
+
+    @property
+    def _answering(self) -> int:
+        return sum(map(len, self._lanes))
 
     def put(self, request: Request) -> None:
         """Hand over a request, from any thread."""
@@ -72,8 +84,7 @@ class Loop:
             while not self._closing.is_set():
                 self._receive()
                 self._read()
-                for row, cache in self._batch.step():
-                    self._ended(row, cache)
+                self._decode()
         except BaseException as fault:
             self.fault = fault
             raise
@@ -94,7 +105,7 @@ class Loop:
 
     def _read(self) -> None:
         """One slice of the prompt that is being read, or the beginning of the next one."""
-        if self._prefill is None and self._waiting and len(self._batch) < self._options.max_batch:
+        if self._prefill is None and self._waiting and self._answering < self._options.max_batch:
             self._begin(self._waiting.popleft())
         if self._prefill is None:
             return
@@ -117,20 +128,43 @@ class Loop:
         room = self._context - len(request.prompt)
         wanted = request.options.max_tokens or self._processor.defaults.max_tokens or room
         sequence = Sequence(request, self._processor, min(wanted, room))
-        self._prefill = Prefill(self._model, sequence, self._model.make_cache(), self._options.prefill_chunk)
+        self._prefill = Prefill(
+            self._model,
+            self._new_cache,
+            self.prefixes,
+            sequence,
+            chunk=self._options.prefill_chunk,
+            turn=self._turn,
+        )
         self._slices = self._prefill.run()
 
     def _join(self, prefill: Prefill) -> None:
         request = prefill.sequence.request
-        sampler = Sampler(
-            request.options, self._processor.defaults, request.prompt.input_ids, prefill.logits.size
-        )
-        self._batch.add(
-            Row(prefill.sequence, sampler, fed=len(request.prompt)), prefill.cache, prefill.logits
-        )
+        defaults, prompt = self._processor.defaults, request.prompt.input_ids
+        sampler = Sampler(request.options, defaults, prompt, prefill.logits.size)
+        self._remember(prefill.ids, prefill.rope_key, prefill.cache)
+        row = Row(prefill.sequence, sampler, prefill.ids, prefill.rope_key)
+        lane = next((lane for lane in self._lanes if lane.takes(prefill.cache)), None)
+        if lane is None:
+            lane = Batch(self._model)
+            self._lanes.append(lane)
+        lane.add(row, prefill.cache, prefill.logits)
+
+    def _decode(self) -> None:
+        for lane in self._lanes:
+            for row, cache in lane.step():
+                self._ended(row, cache)
+        self._lanes = [lane for lane in self._lanes if len(lane)]
 
     def _ended(self, row: Row, cache: Cache) -> None:
+        answer = np.array(row.sequence.tokens[: row.fed], np.int64)
+        self._remember(np.concatenate([row.prompt_ids, answer]), row.rope_key, cache)
         mx.clear_cache()  # keeps long runs from piling up buffers of sizes that never return
+
+    def _remember(self, ids: Ids, rope_key: float, cache: Cache) -> None:
+        if self.prefixes.budget:
+            mx.eval(cache.arrays)
+            self.prefixes.put(ids, rope_key, cache)
 
     def _fail(self, request: Request, error: Exception) -> None:
         log.info("a request failed: %s", error)
@@ -141,7 +175,7 @@ class Loop:
         error = GenerationError(
             f"the engine has stopped ({self.fault})" if self.fault else "the engine was closed"
         )
-        running = [row.sequence.request for row in self._batch.rows]
+        running = [row.sequence.request for lane in self._lanes for row in lane.rows]
         running += [self._prefill.sequence.request] if self._prefill else []
         while not self._inbox.empty():
             request = self._inbox.get()
@@ -149,5 +183,5 @@ class Loop:
         for request in [*running, *self._waiting]:
             request.emit(error)
         self._waiting.clear()
-        self._batch.clear()
+        self._lanes.clear()
         self._prefill = None

@@ -1,0 +1,138 @@
+"""Requests come and go at any step, and none changes another's answer."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy as np
+import pytest
+from fakes import FakeModel, FakeProcessor, ask, picture
+
+from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply, Request, TextEvent
+from qwenvl_mlx.errors import PromptError
+from qwenvl_mlx.media import Prompt
+
+NO_SPECIALS = dict.fromkeys((256, 257, 258), -100.0)
+
+
+@pytest.fixture(params=["attention", "hybrid"])
+def model(request: pytest.FixtureRequest) -> FakeModel:
+    return FakeModel(hybrid=request.param == "hybrid")
+
+
+def engine_for(model: FakeModel, **options: object) -> Engine:
+    values = {"prefill_chunk": 8, "cache_bytes": 0, **options}
+    return Engine(model, FakeProcessor(), EngineOptions(**values))  # type: ignore[arg-type]
+
+
+def mixed(count: int, seed: int = 0) -> list[tuple[Prompt, GenerationOptions]]:
+    """Prompts of all lengths, with and without pictures; greedy, sampled and penalised."""
+    chance, processor = random.Random(seed), FakeProcessor()
+    work = []
+    for number in range(count):
+        pictures = [picture(number, chance.randint(1, 9)) for _ in range(chance.randint(0, 2))]
+        prompt = processor(ask(f"question {number} " * chance.randint(1, 4), *pictures))
+        options = {
+            "max_tokens": chance.randint(1, 25),
+            "temperature": chance.choice([0.0, 0.0, 0.9]),
+            "top_p": chance.choice([None, 0.8]),
+            "repetition_penalty": chance.choice([None, 1.3]),
+            "seed": number,
+            "ignore_eos": True,
+            "logit_bias": chance.choice([{}, NO_SPECIALS]),
+            "logprobs": chance.choice([None, 3]),
+        }
+        work.append((prompt, GenerationOptions(**options)))
+    return work
+
+
+def alone(model: FakeModel, work: list[tuple[Prompt, GenerationOptions]]) -> list[Reply]:
+    with engine_for(model, max_batch=1) as engine:
+        return [engine.generate(prompt, options) for prompt, options in work]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**8])
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_neighbours_change_nothing(model: FakeModel, cache_bytes: int, kv_bits: int | None) -> None:
+    work = mixed(20)
+    with engine_for(model, max_batch=1, kv_bits=kv_bits) as engine:
+        wanted = [engine.generate(prompt, options) for prompt, options in work]
+    with engine_for(model, max_batch=6, cache_bytes=cache_bytes, kv_bits=kv_bits) as engine:
+        requests = [engine.submit(prompt, options) for prompt, options in work]
+        replies = [request.result() for request in requests]
+    for reply, single in zip(replies, wanted, strict=True):
+        assert reply.tokens == single.tokens
+        assert reply.text == single.text
+        assert reply.finish_reason == single.finish_reason
+        np.testing.assert_allclose(
+            [entry.logprob for entry in reply.logprobs],
+            [entry.logprob for entry in single.logprobs],
+            atol=1e-4,  # float32: products of other batch sizes round differently
+        )
+
+
+def test_they_are_decoded_together(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    plain = FakeModel.decode
+
+    def counting(self: FakeModel, tokens: object, cache: object) -> object:
+        rows.append(tokens.shape[0])  # type: ignore[attr-defined]
+        return plain(self, tokens, cache)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FakeModel, "decode", counting)
+    options = GenerationOptions(max_tokens=40, ignore_eos=True)
+    with engine_for(model) as engine:
+        requests = [engine.submit(f"question {number}", options) for number in range(4)]
+        for request in requests:
+            request.result()
+    assert max(rows) == 4
+    assert len(rows) < 100  # one by one it would be 160
+
+
+def test_running_answers_go_on_while_a_long_prompt_is_read(model: FakeModel) -> None:
+    options = GenerationOptions(max_tokens=400, ignore_eos=True, logprobs=0)
+    with engine_for(model) as engine:
+        running = engine.submit("go", options)
+        events = iter(running)
+        next(events)
+        long = engine.submit("x" * 400, GenerationOptions(max_tokens=1))  # 50 slices
+        done = threading.Event()
+        threading.Thread(target=lambda: (long.result(), done.set())).start()
+        pieces = 0
+        while not done.is_set():
+            pieces += isinstance(next(events), TextEvent)
+        running.cancel()
+    assert pieces >= 20  # bytes that are no characters are held back now and then
+
+
+def test_cancelled_and_failed_requests_leave_the_others_alone(model: FakeModel) -> None:
+    work = mixed(12, seed=3)
+    wanted = alone(model, work)
+    with engine_for(model, max_batch=4) as engine:
+        requests: list[Request] = []
+        for prompt, options in work:
+            requests.append(engine.submit(prompt, options))
+            engine.submit("cancelled at once", GenerationOptions(max_tokens=100)).cancel()
+            bad = engine.submit(Prompt([65, 66], [picture()]), options)
+        for request, single in zip(requests, wanted, strict=True):
+            assert request.result().tokens == single.tokens
+        with pytest.raises(PromptError):
+            bad.result()
+
+
+def test_many_threads_may_ask_at_once(model: FakeModel) -> None:
+    work = mixed(16, seed=5)
+    wanted = alone(model, work)
+    replies: dict[int, list[int]] = {}
+    with engine_for(model, max_batch=5) as engine:
+
+        def ask_one(number: int) -> None:
+            replies[number] = engine.generate(*work[number]).tokens
+
+        threads = [threading.Thread(target=ask_one, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [replies[number] for number in range(16)] == [reply.tokens for reply in wanted]
