@@ -78,6 +78,8 @@ class Sampler:
                 self._seen[mx.array(sorted(set(prompt_ids)))] = True
         if self._presence or self._frequency:
             self._counts = mx.zeros((vocab,), mx.int32)
+        self._guide = options.constraint() if options.constraint else None
+        self._last: mx.array | None = None
 
     @property
     def greedy(self) -> bool:
@@ -86,7 +88,8 @@ class Sampler:
     @property
     def plain(self) -> bool:
         """Whether the choice is the largest logit and nothing else: such rows can be chosen together."""
-        return self.greedy and self._seen is None and self._counts is None and self._bias is None
+        changes = (self._seen, self._counts, self._bias, self._guide)
+        return self.greedy and all(change is None for change in changes)
 
     def penalised(self, logits: mx.array) -> mx.array:
         """``[vocab]`` float32 -> the same after penalties and bias."""
@@ -97,7 +100,16 @@ class Sampler:
             logits = logits + self._bias
         if self._counts is not None:
             logits = logits - self._frequency * self._counts - self._presence * (self._counts > 0)
-        return logits
+        return self._guided(logits)
+
+    def _guided(self, logits: mx.array) -> mx.array:
+        """Only what the grammar allows. It must know the token before this one: the step that makes it is waited for."""
+        if self._guide is None:
+            return logits
+        if self._last is not None:
+            self._guide.accept(int(self._last.item()))
+        allowed = mx.array(self._guide.allowed()[: logits.size])
+        return mx.where(allowed, logits, NEVER)
 
     def __call__(self, logits: mx.array) -> mx.array:
         """``[vocab]`` -> the next token ``[]``, lazily, and remember it."""
@@ -111,6 +123,8 @@ class Sampler:
             self._seen[token] = True
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1)
+        if self._guide is not None:
+            self._last = token
         return token.astype(mx.int32)
 
 
