@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.layers.cache import Cache
-from qwenvl_mlx.layers.linear import join_children, project
+from qwenvl_mlx.layers.linear import join, join_children, joinable, map_rows, project
 from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles
 
 mlx_lm = leaf("models.base")
@@ -63,8 +65,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv_heads * size, bias=bias)
         self.o_proj = nn.Linear(heads * size, hidden, bias=output_bias)
         if norm_eps is not None:
-            self.q_norm = nn.RMSNorm(size, norm_eps)
-            self.k_norm = nn.RMSNorm(size, norm_eps)
+            self.q_norm = RMSNorm(size, norm_eps)
+            self.k_norm = RMSNorm(size, norm_eps)
+
+    @property
+    def output(self) -> nn.Module:
+        """The last product, which the decoder layer adds to its stream."""
+        return self.o_proj  # type: ignore[no-any-return]
 
     def prepare(self) -> None:
         """Join the three products into one, and the norms' weights of all heads."""
@@ -99,3 +106,38 @@ class Attention(nn.Module):
             return angles.turn(qk)
         weights = self._head_weights if "_head_weights" in self else self._stack_weights()
         return angles.turn(mx.fast.rms_norm(qk, None, self.q_norm.eps), weights)
+
+
+@partial(mx.compile, shapeless=True)
+def _gate(x: mx.array, gate: mx.array) -> mx.array:
+    return x * mx.sigmoid(gate)
+
+
+class GatedAttention(Attention):
+    """Attention whose output is gated: ``q_proj`` gives each head a query and a gate, side by side (Qwen3.5)."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, size: int, *, bias: bool, norm_eps: float) -> None:
+        super().__init__(hidden, heads, kv_heads, size, bias=bias, output_bias=bias, norm_eps=norm_eps)
+        self.q_proj = nn.Linear(hidden, 2 * heads * size, bias=bias)
+
+    def prepare(self) -> None:
+        """Join the products, with all gates before all queries."""
+        if "qkv_proj" not in self and joinable(*(self[name] for name in PROJECTIONS)):
+            rows = mx.arange(2 * self.heads * self.size).reshape(self.heads, 2, self.size)
+            order = rows[:, ::-1].swapaxes(0, 1).flatten()
+            q_proj = self.q_proj
+            map_rows(q_proj, lambda name: q_proj[name][order])
+            self.qkv_proj = join(*(self.pop(name) for name in PROJECTIONS))
+        super().prepare()
+
+    def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
+        gate, qkv = self._gate_and_heads(x)
+        return _gate(self.attend(qkv, shared, cache), gate)
+
+    def _gate_and_heads(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        if "qkv_proj" in self:
+            gate, qkv = mx.split(self.qkv_proj(x), [self.heads * self.size], axis=-1)
+            return gate, qkv
+        pairs = mx.unflatten(self.q_proj(x), -1, (self.heads, 2, self.size))
+        query, gate = (pairs[..., half, :].flatten(-2) for half in (0, 1))
+        return gate, mx.concatenate([query, self.k_proj(x), self.v_proj(x)], axis=-1)

@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.config import one_of
-from qwenvl_mlx.layers.attention import Attention, Pass
+from qwenvl_mlx.layers.attention import Pass
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.linear import add_linear
 from qwenvl_mlx.layers.mlp import MLP
+from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles
 
 
@@ -48,18 +49,19 @@ class DecoderConfig:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
+    """Pre-norm mixer (attention) and feed-forward, each added to the stream. ``name``: the mixer's, in the weights."""
 
-    def __init__(self, config: DecoderConfig, attention: Attention, mlp: nn.Module) -> None:
+    def __init__(self, config: DecoderConfig, mixer: nn.Module, mlp: nn.Module, name: str = "self_attn") -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = attention
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = name
+        self[name] = mixer
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
     def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
-        heads = self.self_attn(self.input_layernorm(x), shared, cache)
-        x = add_linear(x, self.self_attn.o_proj, heads)
+        mixer = self[self.mixer]
+        x = add_linear(x, mixer.output, mixer(self.input_layernorm(x), shared, cache))
         return add_mlp(x, self.mlp, self.post_attention_layernorm(x))
 
 
@@ -78,7 +80,7 @@ class Body(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = list(layers)
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):

@@ -82,6 +82,23 @@ class Experts(nn.Module):
         return (weights[..., None, :].astype(outputs.dtype) @ outputs).squeeze(-2)
 
 
+@partial(mx.compile, shapeless=True)
+def _add_gated(x: mx.array, gate: mx.array, shared: mx.array) -> mx.array:
+    return x + mx.sigmoid(gate) * shared
+
+
+class SharedExperts(Experts):
+    """Experts, and one more that sees every token, behind a gate of its own (Qwen3.5 MoE)."""
+
+    def __init__(self, hidden: int, inner: int, experts: int, top: int, shared: int) -> None:
+        super().__init__(hidden, inner, experts, top)
+        self.shared_expert = MLP(hidden, shared)
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return _add_gated(super().__call__(x), self.shared_expert_gate(x), self.shared_expert(x))
+
+
 def _join_outputs(first: nn.Module, second: nn.Module) -> nn.Module:
     """Experts' weights ``[experts, outputs, inputs]`` one above the other."""
     names = [name for name in ("weight", "scales", "biases") if first.get(name) is not None]

@@ -128,6 +128,9 @@ class MRope:
         for key in ("rope_type", "type"):
             one_of(raw.get(key, "default"), ["default", "mrope"], key=f"rope {key}")
         raw = {**defaults, **raw}
+        missing = [key for key in ("rope_theta", "mrope_section") if key not in raw]
+        if missing:
+            raise ConfigError(f"config.json lacks {', '.join(missing)} of the rotary positions")
         dims = int(head_size * raw.get("partial_rotary_factor", 1.0))
         sections = tuple(raw["mrope_section"])
         if dims % 2 or len(sections) != 3 or not (interleaved or sum(sections) == dims // 2):
