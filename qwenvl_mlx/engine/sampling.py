@@ -103,7 +103,7 @@ class Sampler:
         return self._guided(logits)
 
     def _guided(self, logits: mx.array) -> mx.array:
-        """Only what the grammar allows. It must know the token before this one: the step that makes it is waited for."""
+        """Only what the grammar allows; it must know the token before, so the step that makes that is waited for."""
         if self._guide is None:
             return logits
         if self._last is not None:
