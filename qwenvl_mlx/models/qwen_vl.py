@@ -220,39 +220,35 @@ class Model(VisionLanguageModel):
         return (pixels.astype(mx.float32) / 255 - mean) / std
 
     def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:
-        starts = self._picture_starts(np.asarray(input_ids, np.int32), len(media))
-        return [start + 1 + np.arange(self.vision.n_queries) for start in starts]
+        return self._places(input_ids, len(media))
 
-    def embed(
-        self, input_ids: Sequence[int], features: Sequence[Features | None], media: Sequence[Media]
-    ) -> Embedded:
-        """A picture stands in ``<img>``, ``n_queries`` slots, ``</img>``: whatever the slots hold is overwritten."""
-        ids = np.asarray(input_ids, np.int32)
-        starts = self._picture_starts(ids, len(features))
-        hidden = self.language_model.model.wte(mx.array(ids))  # [L, hidden]
-        if len(starts):
-            empty = mx.zeros((self.vision.n_queries, hidden.shape[1]), hidden.dtype)
-            rows = [empty if item is None else item.embeddings.astype(hidden.dtype) for item in features]
-            slots = starts[:, None] + 1 + np.arange(self.vision.n_queries)
-            hidden[mx.array(slots.reshape(-1))] = mx.concatenate(rows)
-        positions = mx.broadcast_to(mx.arange(len(ids), dtype=mx.int32), (3, len(ids)))
-        return Embedded(hidden[None], positions, prompt_length=len(ids))
-
-    def _picture_starts(
-        self, ids: np.ndarray[Any, np.dtype[np.int32]], pictures: int
-    ) -> np.ndarray[Any, Any]:
-        """Where the ``<img>`` tokens are; raises ``PromptError`` unless each opens a picture's slots."""
+    def _places(self, input_ids: Sequence[int], pictures: int) -> list[Places]:
+        """The slots of each picture; raises ``PromptError`` unless there is an ``<img>`` for each, and its slots."""
         start, end, slots = self.vision.image_start_id, self.vision.image_start_id + 1, self.vision.n_queries
+        ids = np.asarray(input_ids, np.int32)
         starts = np.flatnonzero(ids == start)
         if len(starts) != pictures:
             raise PromptError(
-                f"the prompt has {len(starts)} <img> but {pictures} pictures came with it: give one for each"
+                f"the prompt has {len(starts)} <img>, and {pictures} pictures came with it: give one for each"
             )
         for at in starts:
             inside = ids[at + 1 : at + 2 + slots]
             if len(inside) <= slots or inside[-1] != end or np.isin(inside[:-1], (start, end)).any():
                 raise PromptError(f"the <img> at token {at} must be followed by {slots} slots and </img>")
-        return starts
+        return [at + 1 + np.arange(slots) for at in starts]
+
+    def embed(
+        self, input_ids: Sequence[int], features: Sequence[Features | None], media: Sequence[Media]
+    ) -> Embedded:
+        """A picture stands in ``<img>``, ``n_queries`` slots, ``</img>``: whatever the slots hold is overwritten."""
+        places, length = self._places(input_ids, len(features)), len(input_ids)
+        hidden = self.language_model.model.wte(mx.array(input_ids))  # [L, hidden]
+        if places:
+            empty = mx.zeros((self.vision.n_queries, hidden.shape[1]), hidden.dtype)
+            rows = [empty if item is None else item.embeddings.astype(hidden.dtype) for item in features]
+            hidden[mx.array(np.concatenate(places))] = mx.concatenate(rows)
+        positions = mx.broadcast_to(mx.arange(length, dtype=mx.int32), (3, length))
+        return Embedded(hidden[None], positions, prompt_length=length)
 
     def __call__(
         self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False
