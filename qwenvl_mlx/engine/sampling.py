@@ -107,7 +107,7 @@ class Sampler:
         if self._guide is None:
             return logits
         if self._last is not None:
-            self._guide.accept(int(self._last.item()))
+            self._guide.accept(int(self._last.item()))  # type: ignore[arg-type]
         allowed = mx.array(self._guide.allowed()[: logits.size])
         return mx.where(allowed, logits, NEVER)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from qwenvl_mlx.errors import PromptError
 from qwenvl_mlx.media import Media, Prompt
 from qwenvl_mlx.processor.policy import FetchPolicy
 
@@ -64,6 +65,9 @@ class Tokenizer(Protocol):
     def id(self, token: str) -> int | None:
         """Id of a special token, or None."""
 
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json``: what libraries for grammars read."""
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:
@@ -77,11 +81,16 @@ class GenerationDefaults:
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
 
 
+ToolFormat = Literal["json", "xml", "react"]
+"""How a generation writes calls of functions: JSON or XML in ``<tool_call>``, or as ReAct text."""
+
+
 class Processor(ABC):
     """Made by ``load_processor(folder)``; holds a tokenizer and settings, no request's state."""
 
     tokenizer: Tokenizer
     defaults: GenerationDefaults
+    tool_format: ToolFormat = "json"
 
     @abstractmethod
     def __call__(
@@ -107,6 +116,12 @@ class Processor(ABC):
         options: MediaOptions | None = None,
     ) -> Prompt:
         """A text with special tokens and placeholders as it stands; ``media`` in the order of the placeholders."""
+
+    def begun(self, part: Mapping[str, Any], *, options: MediaOptions | None = None) -> Prompt:
+        """A message part of an answer that the model is to continue; ``PromptError`` where it must be text."""
+        if part["type"] != "text":
+            raise PromptError(f"an answer that is to be continued can't hold a {part['type']}: send text")
+        return Prompt(self.tokenizer.encode(part["text"]))
 
     @abstractmethod
     def boxes(self, text: str, prompt: Prompt) -> list[Box]:

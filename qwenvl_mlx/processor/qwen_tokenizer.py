@@ -92,6 +92,10 @@ class QwenTokenizer:
     def id(self, token: str) -> int | None:
         return self._ids.get(token)
 
+    def to_json(self) -> str:
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str) -> list[int]:
         """All special tokens are recognised; a picture's path must fit its slots. Raises ``PromptError``."""
         return self._encode(text, SPECIALS)
