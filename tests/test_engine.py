@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fakes import END, FakeModel, FakeProcessor, ask, greedy, picture
@@ -160,6 +164,19 @@ def test_full_queue_is_busy(model: FakeModel) -> None:
             flood()
         for request in running:
             request.cancel()
+
+
+def test_the_interpreter_exits_cleanly_afterwards() -> None:
+    code = (
+        "from fakes import FakeModel, FakeProcessor\n"
+        "from qwenvl_mlx.engine import Engine, GenerationOptions\n"
+        "with Engine(FakeModel(), FakeProcessor()) as engine:\n"
+        "    print(len(engine.generate('x', GenerationOptions(max_tokens=3, ignore_eos=True)).tokens))\n"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
 
 def test_closing_fails_what_is_under_way(model: FakeModel) -> None:

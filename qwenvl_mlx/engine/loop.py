@@ -90,6 +90,8 @@ class Loop:
             raise
         finally:
             self._abandon()
+            self.prefixes.clear()
+            mx.clear_streams()  # a thread that leaves streams behind can abort the interpreter's exit
 
     def _receive(self) -> None:
         """Take what has come in; wait for it when there is nothing else to do."""
