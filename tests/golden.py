@@ -113,7 +113,8 @@ def build(config: dict[str, Any], weights: dict[str, mx.array], dtype: mx.Dtype 
     if settings:
         nn.quantize(
             model,
-            **{"group_size": settings["group_size"], "bits": settings["bits"]},
+            group_size=settings["group_size"],
+            bits=settings["bits"],
             class_predicate=lambda path, module: f"{path}.scales" in weights,
         )
     floats = {

@@ -71,7 +71,7 @@ class Attention(nn.Module):
     @property
     def output(self) -> nn.Module:
         """The last product, which the decoder layer adds to its stream."""
-        return self.o_proj  # type: ignore[no-any-return]
+        return self.o_proj
 
     def prepare(self) -> None:
         """Join the three products into one, and the norms' weights of all heads."""
@@ -116,7 +116,9 @@ def _gate(x: mx.array, gate: mx.array) -> mx.array:
 class GatedAttention(Attention):
     """Attention whose output is gated: ``q_proj`` gives each head a query and a gate, side by side (Qwen3.5)."""
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int, size: int, *, bias: bool, norm_eps: float) -> None:
+    def __init__(
+        self, hidden: int, heads: int, kv_heads: int, size: int, *, bias: bool, norm_eps: float
+    ) -> None:
         super().__init__(hidden, heads, kv_heads, size, bias=bias, output_bias=bias, norm_eps=norm_eps)
         self.q_proj = nn.Linear(hidden, 2 * heads * size, bias=bias)
 

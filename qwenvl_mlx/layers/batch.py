@@ -34,7 +34,9 @@ def left_pad(rows: Sequence[Embedded], empty: Cache) -> tuple[Embedded, Cache]:
 def empty_batch(pattern: Cache, padding: Sequence[int]) -> Cache:
     """An empty cache for rows with so much padding on the left."""
     layers = [
-        kv.BatchKVCache(list(padding)) if hasattr(layer, "offset") else kv.ArraysCache(len(layer.cache), list(padding))
+        kv.BatchKVCache(list(padding))
+        if hasattr(layer, "offset")
+        else kv.ArraysCache(len(layer.cache), list(padding))
         for layer in pattern
     ]
     return Cache(layers, mx.zeros((len(padding),), mx.int32), (1.0,) * len(padding))

@@ -51,7 +51,9 @@ class DecoderConfig:
 class DecoderLayer(nn.Module):
     """Pre-norm mixer (attention) and feed-forward, each added to the stream. ``name``: the mixer's, in the weights."""
 
-    def __init__(self, config: DecoderConfig, mixer: nn.Module, mlp: nn.Module, name: str = "self_attn") -> None:
+    def __init__(
+        self, config: DecoderConfig, mixer: nn.Module, mlp: nn.Module, name: str = "self_attn"
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = name
@@ -110,5 +112,5 @@ class Decoder(nn.Module):
                 hidden = hidden + deepstack[index]
         hidden = self.model.norm(hidden[:, -1:] if last_only else hidden)
         if "lm_head" in self:
-            return self.lm_head(hidden)  # type: ignore[no-any-return]
+            return self.lm_head(hidden)
         return self.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]

@@ -21,8 +21,10 @@ PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 @partial(mx.compile, shapeless=True)
 def _convolve(taps: Sequence[mx.array], weights: Sequence[mx.array]) -> mx.array:
     """``silu(sum of tap * weight)``, in float32."""
-    total = sum(tap.astype(mx.float32) * weight for tap, weight in zip(taps, weights, strict=True))
-    return (total * mx.sigmoid(total)).astype(taps[0].dtype)  # type: ignore[attr-defined]
+    total = mx.zeros((), mx.float32)
+    for tap, weight in zip(taps, weights, strict=True):
+        total = total + tap.astype(mx.float32) * weight
+    return (total * mx.sigmoid(total)).astype(taps[0].dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -36,7 +38,14 @@ class GatedDeltaNet(nn.Module):
     """Query/key heads may be fewer than value heads; each then serves several, one after the other."""
 
     def __init__(
-        self, hidden: int, key_heads: int, key_size: int, value_heads: int, value_size: int, kernel: int, eps: float
+        self,
+        hidden: int,
+        key_heads: int,
+        key_size: int,
+        value_heads: int,
+        value_size: int,
+        kernel: int,
+        eps: float,
     ) -> None:
         super().__init__()
         self.key_heads, self.key_size = key_heads, key_size
@@ -58,7 +67,7 @@ class GatedDeltaNet(nn.Module):
     @property
     def output(self) -> nn.Module:
         """The last product, which the decoder layer adds to its stream."""
-        return self.out_proj  # type: ignore[no-any-return]
+        return self.out_proj
 
     def prepare(self) -> None:
         """Join the four products into one."""

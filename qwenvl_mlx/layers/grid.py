@@ -107,7 +107,9 @@ def bilinear_taps(grid: Grid, merge: int, side: int) -> Taps:
 
     Four pairs: the table's rows to take ``[patches]``, and their shares.
     """
-    axes = [_linear_taps(place, size, side) for place, size in zip(places(grid, merge), grid[1:], strict=True)]
+    axes = [
+        _linear_taps(place, size, side) for place, size in zip(places(grid, merge), grid[1:], strict=True)
+    ]
     return [
         ((row * side + column).astype(np.int32), down * across)
         for row, down in axes[0]
@@ -115,7 +117,9 @@ def bilinear_taps(grid: Grid, merge: int, side: int) -> Taps:
     ]
 
 
-def _linear_taps(place: Ints, size: int, side: int) -> list[tuple[Ints, np.ndarray[Any, np.dtype[np.float32]]]]:
+def _linear_taps(
+    place: Ints, size: int, side: int
+) -> list[tuple[Ints, np.ndarray[Any, np.dtype[np.float32]]]]:
     """The two neighbours of each place on one axis, and their shares, in float32 as the reference has them."""
     source = place.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
     low = np.floor(source)

@@ -45,7 +45,7 @@ class MLP(nn.Module):
         return swiglu(project(self, GATE_UP, "gate_up_proj", x))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.inner(x))  # type: ignore[no-any-return]
+        return self.down_proj(self.inner(x))
 
 
 class Halves(nn.Module):
@@ -79,7 +79,8 @@ class Experts(nn.Module):
         # a softmax over the best alone is the softmax over all, renormalised
         weights = mx.softmax(mx.take_along_axis(logits, best, axis=-1), axis=-1, precise=True)
         outputs = self.switch_mlp(x, best)  # [B, L, top, hidden]
-        return (weights[..., None, :].astype(outputs.dtype) @ outputs).squeeze(-2)
+        mixed: mx.array = (weights[..., None, :].astype(outputs.dtype) @ outputs).squeeze(-2)
+        return mixed
 
 
 @partial(mx.compile, shapeless=True)

@@ -122,7 +122,9 @@ class MRope:
         return np.where(pairs < 3 * np.array(self.sections)[axis], axis, 0).astype(np.int32)
 
     @classmethod
-    def of(cls, text: Mapping[str, Any], head_size: int, *, interleaved: bool, defaults: Mapping[str, Any]) -> MRope:
+    def of(
+        cls, text: Mapping[str, Any], head_size: int, *, interleaved: bool, defaults: Mapping[str, Any]
+    ) -> MRope:
         """From a decoder's configuration, under either name; ``defaults`` for the keys that may be absent."""
         raw = {**text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         for key in ("rope_type", "type"):

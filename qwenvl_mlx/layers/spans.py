@@ -87,11 +87,15 @@ class Placeholders:
         elif media.kind == "video" and self.ticks_per_second is not None:
             seconds = np.float32(1.0 if media.seconds_per_grid is None else media.seconds_per_grid)
             # float32 and this order of products: the reference truncates what they give
-            offsets[0] = (offsets[0].astype(np.float32) * (seconds * np.float32(self.ticks_per_second))).astype(int)
+            offsets[0] = (
+                offsets[0].astype(np.float32) * (seconds * np.float32(self.ticks_per_second))
+            ).astype(int)
         return offsets
 
 
 def _require_whole(media: Media, spans: Ints) -> None:
     """Tokens of one span follow each other: text inside would belong nowhere."""
     if spans.size and (spans[:, -1] - spans[:, 0] != spans.shape[1] - 1).any():
-        raise PromptError(f"text stands between the placeholder tokens of one {media.kind} span: keep them together")
+        raise PromptError(
+            f"text stands between the placeholder tokens of one {media.kind} span: keep them together"
+        )

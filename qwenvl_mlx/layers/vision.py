@@ -81,7 +81,7 @@ class VisionAttention(nn.Module):
         v = mx.unflatten(v, 0, rows).transpose(0, 2, 1, 3)  # [segments, heads, length, size]
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=segments.valid)
         out = out.transpose(0, 2, 1, 3).reshape(-1, x.shape[-1])
-        return self.proj(out if segments.back is None else out[segments.back])  # type: ignore[no-any-return]
+        return self.proj(out if segments.back is None else out[segments.back])
 
 
 class VisionBlock(nn.Module):

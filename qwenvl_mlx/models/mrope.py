@@ -107,7 +107,7 @@ class MRopeModel(VisionLanguageModel):
                 positions = (positions[:, None] if positions.ndim == 2 else positions) + before
                 delta = cache.rope_delta + delta
             cache.rope_delta = mx.broadcast_to(mx.array(delta, mx.int32), (cache.rows,))
-        return self.language_model(  # type: ignore[no-any-return]
+        return self.language_model(
             embedded.embeddings,
             self.rope.at(positions),
             cache,
@@ -118,7 +118,7 @@ class MRopeModel(VisionLanguageModel):
     def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
         hidden = self.language_model.model.embed_tokens(tokens)
         positions = cache.next_position.reshape(-1, 1) + mx.arange(tokens.shape[1])  # [B, L]
-        return self.language_model(hidden, self.rope.text(positions), cache)  # type: ignore[no-any-return]
+        return self.language_model(hidden, self.rope.text(positions), cache)
 
     def make_cache(self) -> Cache:
         return Cache(kv.KVCache() for _ in range(self.text.num_hidden_layers))

@@ -81,11 +81,8 @@ class Merger(nn.Module):
         self.linear_fc2 = nn.Linear(width, config.out_hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.grouped:
-            x = self.norm(merge_rows(x, self.merge))
-        else:
-            x = merge_rows(self.norm(x), self.merge)
-        return self.linear_fc2(nn.gelu(self.linear_fc1(x)))  # type: ignore[no-any-return]
+        x = self.norm(merge_rows(x, self.merge)) if self.grouped else merge_rows(self.norm(x), self.merge)
+        return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
 
 
 class VisionTower(nn.Module):
