@@ -117,7 +117,7 @@ class Processor(ABC):
     ) -> Prompt:
         """A text with special tokens and placeholders as it stands; ``media`` in the order of the placeholders."""
 
-    def begun(self, part: Mapping[str, Any], *, options: MediaOptions | None = None) -> Prompt:
+    def continuation(self, part: Mapping[str, Any], *, options: MediaOptions | None = None) -> Prompt:
         """A message part of an answer that the model is to continue; ``PromptError`` where it must be text."""
         if part["type"] != "text":
             raise PromptError(f"an answer that is to be continued can't hold a {part['type']}: send text")

@@ -54,6 +54,10 @@ class ChatTemplate:
         """Whether the template itself tells a tool call's arguments in JSON text from those in a mapping."""
         return bool(self._sources) and "arguments is string" in self._sources[self._choose(tools=tools)]
 
+    def mentions(self, text: str) -> bool:
+        """Whether a template writes ``text``: so the forms of calls are told apart."""
+        return any(text in source for source in self._sources.values())
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

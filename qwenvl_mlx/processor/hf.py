@@ -16,7 +16,7 @@ from qwenvl_mlx.errors import CheckpointError, MediaError, PromptError
 from qwenvl_mlx.media import Media, Prompt, media_kinds
 from qwenvl_mlx.processor import grounding_json
 from qwenvl_mlx.processor.answer import THINK, AnswerSplitter
-from qwenvl_mlx.processor.base import Box, GenerationDefaults, MediaOptions, Message, Processor
+from qwenvl_mlx.processor.base import Box, GenerationDefaults, MediaOptions, Message, Processor, ToolFormat
 from qwenvl_mlx.processor.chat_template import ChatTemplate
 from qwenvl_mlx.processor.fetch import load_image, source_of
 from qwenvl_mlx.processor.frames import open_frames
@@ -55,6 +55,7 @@ class HFProcessor(Processor):
     video_rules: VideoRules
     context_length: int | None = None
     nested_timestamps: bool = False
+    tool_format: ToolFormat = "json"
 
     @classmethod
     def from_folder(
@@ -70,15 +71,17 @@ class HFProcessor(Processor):
                 )
         image_rules, video_rules = read_rules(folder, config, timed=generation in TIMED)
         text = config.get("text_config") or config
+        chat_template = ChatTemplate.from_folder(folder)
         return cls(
             tokenizer=tokenizer,
             defaults=_defaults(folder, config, tokenizer),
             generation=generation,
-            chat_template=ChatTemplate.from_folder(folder),
+            chat_template=chat_template,
             image_rules=image_rules,
             video_rules=video_rules,
             context_length=text.get("max_position_embeddings"),
             nested_timestamps=nested_timestamps,
+            tool_format="xml" if chat_template.mentions("<function=") else "json",
         )
 
     def __call__(
