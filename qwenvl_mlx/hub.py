@@ -82,7 +82,7 @@ def _hugging_face(repo: str, revision: str | None, *, weights: bool) -> Path:
             f"{repo} is neither a folder here nor a repository on the hub (or it is private: log in with "
             f"'hf auth login'){_similar(Path(repo))}"
         ) from error
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, whichever the client uses
         raise HubError(_network_message(repo, error)) from error
     raise HubError(f"{repo} has no {' or '.join(WEIGHT_FILES) if weights else 'config.json'}: is it a model?")
 

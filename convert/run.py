@@ -1,0 +1,111 @@
+"""The conversion from its first check to the finished folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qwenvl_mlx import __version__, hub
+from qwenvl_mlx.checkpoint.writing import write_json, write_shards
+from qwenvl_mlx.config import read_json
+from qwenvl_mlx.convert.carry import carry_over, checksums
+from qwenvl_mlx.convert.folder import check_space, finished_folder, refuse_existing
+from qwenvl_mlx.convert.options import ConvertOptions, Settings, make_options
+from qwenvl_mlx.convert.recipe import Recipe
+from qwenvl_mlx.convert.transform import Plan, Stream, make_plan
+
+REMOTE_CODE = "auto_map"  # names Python files, which are neither carried over nor ever run
+
+
+def convert(
+    hf_path: str | os.PathLike[str],
+    mlx_path: str | os.PathLike[str] = "mlx_model",
+    *,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    q_recipe: str = "uniform",
+    q_vision: int | bool | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+    upload_repo: str | None = None,
+) -> Path:
+    """Convert the checkpoint ``hf_path`` (folder or hub name) into the MLX folder ``mlx_path``.
+
+    ``quantize`` with ``q_bits`` (4), ``q_group_size`` (64), ``q_mode`` and ``q_recipe``; ``q_vision``: bits of the
+    vision tower's linear layers (True: 8). ``dtype``: type of what is not quantised, None as stored. ``dequantize``:
+    turn quantised modules into floating point. ``upload_repo``: upload the result to this Hugging Face repository.
+    The folder appears only when it is complete. Raises ``HubError``, ``ConfigError``, ``CheckpointError`` and
+    ``OutputError``.
+    """
+    options = make_options(
+        quantize=quantize,
+        q_bits=q_bits,
+        q_group_size=q_group_size,
+        q_mode=q_mode,
+        q_recipe=q_recipe,
+        q_vision=q_vision,
+        dtype=dtype,
+        dequantize=dequantize,
+    )
+    target = Path(mlx_path).expanduser()
+    refuse_existing(target)
+    source = hub.resolve(hf_path, revision=revision)
+    plan = make_plan(source, read_json(source / "config.json"), options)
+    with finished_folder(target) as folder:
+        write_folder(
+            plan, source, folder, name=Path(hf_path).name if Path(hf_path).is_dir() else str(hf_path)
+        )
+    return target
+
+
+def write_folder(plan: Plan, source: Path, folder: Path, *, name: str) -> None:
+    """Write everything that an MLX folder has; ``name``: what the source is called in what is told about it."""
+    total = sum(outline.nbytes for outline in plan.outlines.values())
+    check_space(folder, total)
+    with (
+        checksums((source / "config.json", *plan.source.files.paths)) as sums,
+        tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as bar,
+    ):
+        write_shards(folder, plan.outlines, Stream(plan).fetch, done=bar.update)
+        inputs = sums()
+    write_json(folder / "config.json", output_config(plan.config, plan.recipe, plan.options))
+    carry_over(source, folder)
+    provenance = {
+        "source": name,
+        "qwenvl_mlx": __version__,
+        "options": plan.options.as_dict(),
+        "sha256": inputs,
+    }
+    write_json(folder / "qwenvl_mlx.json", provenance)
+
+
+def output_config(config: Mapping[str, Any], recipe: Recipe, options: ConvertOptions) -> dict[str, Any]:
+    """``config.json`` of the result: the source's, with what is quantised now under both customary keys."""
+    result = {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization", "quantization_config", REMOTE_CODE)
+    }
+    for key in ("torch_dtype", "dtype"):
+        if options.dtype and key in result:
+            result[key] = options.dtype
+    if recipe:
+        result["quantization"] = result["quantization_config"] = quantization(recipe)
+    return result
+
+
+def quantization(recipe: Recipe) -> dict[str, Any]:
+    """The settings that most modules have, and by their paths those of the others."""
+    counts: dict[Settings, int] = {}
+    for settings in recipe.values():
+        counts[settings] = counts.get(settings, 0) + 1
+    usual = max(counts, key=lambda settings: counts[settings])
+    others = {path: settings.as_dict() for path, settings in sorted(recipe.items()) if settings != usual}
+    return usual.as_dict() | others

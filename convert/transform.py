@@ -1,0 +1,167 @@
+"""Tensors of the source -> tensors of the MLX folder, planned from shapes first and computed one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from qwenvl_mlx.checkpoint import Source, Weights, open_checkpoint
+from qwenvl_mlx.checkpoint.files import some
+from qwenvl_mlx.checkpoint.loading import (
+    DTYPES,
+    cast_floating,
+    check_names,
+    mlx_dtype,
+    module_settings,
+    without_zero_biases,
+)
+from qwenvl_mlx.checkpoint.quantized import unpack
+from qwenvl_mlx.checkpoint.writing import Outline
+from qwenvl_mlx.convert.options import ConvertOptions, Settings
+from qwenvl_mlx.convert.recipe import Recipe, make_recipe, quantisable
+from qwenvl_mlx.errors import CheckpointError
+from qwenvl_mlx.models import model_class
+from qwenvl_mlx.models.base import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion with every shape known and nothing computed.
+
+    ``outlines``: the tensors of the result; ``owners``: the source's batch that each comes from; ``recipe``: settings
+    of the modules that are quantised in the result.
+    """
+
+    source: Source
+    cls: type[VisionLanguageModel]
+    config: Mapping[str, Any]
+    options: ConvertOptions
+    modules: Mapping[str, int]
+    wanted: Recipe
+    recipe: Recipe
+    parameters: frozenset[str]
+    outlines: Mapping[str, Outline]
+    owners: Mapping[str, int]
+
+
+def make_plan(folder: Path, config: Mapping[str, Any], options: ConvertOptions) -> Plan:
+    """Check the whole source against its ``config.json`` and lay the result out.
+
+    Raises ``ConfigError`` or ``CheckpointError``: whatever is wrong with names and shapes shows here, before anything
+    is written.
+    """
+    cls = model_class(config)
+    model = cls(config)
+    modules = quantisable(model)
+    wanted = make_recipe(modules, options)
+    parameters = frozenset(dict(tree_flatten(model.parameters())))
+    plan = Plan(open_checkpoint(folder), cls, config, options, modules, wanted, {}, parameters, {}, {})
+    outlines: dict[str, mx.array] = {}
+    owners: dict[str, int] = {}
+    for batch in range(len(plan.source)):
+        for name, array in compute(plan, plan.source.outline(batch)).items():
+            if name in outlines:
+                raise CheckpointError(f"{folder}: two tensors become {name}: the folder mixes checkpoints")
+            outlines[name], owners[name] = array, batch
+    recipe = _recipe_of(outlines, modules)
+    nn.quantize(model, class_predicate=lambda path, _: recipe[path].as_dict() if path in recipe else False)
+    check_names(outlines, dict(tree_flatten(model.parameters())), folder)
+    sizes = {name: Outline(array.shape, array.dtype) for name, array in outlines.items()}
+    return Plan(plan.source, cls, config, options, modules, wanted, recipe, parameters, sizes, owners)
+
+
+def compute(plan: Plan, weights: Weights) -> Weights:
+    """Tensors of one batch of the source -> those of the result; lazy."""
+    dtype = mlx_dtype(plan.options.dtype)
+    weights = plan.cls.sanitize(unpack(weights, plan.config, dtype), plan.config)
+    weights = without_zero_biases(weights, dict.fromkeys(plan.parameters))
+    result: Weights = {}
+    for name, array in weights.items():
+        path, _, kind = name.rpartition(".")
+        quantised = f"{path}.scales" in weights
+        if quantised and kind in ("scales", "biases"):
+            continue
+        if quantised and kind == "weight":
+            result |= _requantised(plan, path, weights, dtype)
+        elif kind == "weight" and path in plan.wanted:
+            result |= quantise(path, cast_floating(name, array, plan.cls, dtype), plan.wanted[path])
+        else:
+            result[name] = cast_floating(name, array, plan.cls, dtype)
+    return result
+
+
+def quantise(path: str, weight: mx.array, settings: Settings) -> Weights:
+    """The tensors of one quantised module."""
+    parts = mx.quantize(weight, settings.group_size, settings.bits, mode=settings.mode)
+    kinds = ("weight", "scales", "biases")
+    return {f"{path}.{kind}": part for kind, part in zip(kinds, parts, strict=False)}
+
+
+def dequantise(path: str, weights: Weights, settings: Settings, dtype: mx.Dtype) -> mx.array:
+    """The floating point weights of one quantised module."""
+    scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
+    if biases is not None:  # affine: computed in float32, rounded once
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    weight = mx.dequantize(
+        weights[f"{path}.weight"],
+        scales,
+        biases,
+        settings.group_size,
+        settings.bits,
+        mode=settings.mode,
+        dtype=mx.float32,
+    )
+    return weight.astype(dtype)
+
+
+class Stream:
+    """Gives the tensors of a plan in order, computing each batch of the source when its first one is asked for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.batch = -1
+        self.ready: Weights = {}
+
+    def fetch(self, name: str) -> mx.array:
+        """One tensor; it is given away, not kept."""
+        owner = self.plan.owners[name]
+        if owner != self.batch or name not in self.ready:
+            self.ready = compute(self.plan, self.plan.source.read(owner))
+            self.batch = owner
+            strange = [new for new in self.ready if self.plan.owners.get(new) != owner]
+            if strange:
+                raise CheckpointError(f"{some(strange)}: values for which the model has no place")
+        return self.ready.pop(name)
+
+
+def _requantised(plan: Plan, path: str, weights: Weights, dtype: mx.Dtype | None) -> Weights:
+    """A module that the source has quantised: kept as it is, unless other settings or none are wanted."""
+    if path not in plan.modules:
+        raise CheckpointError(f"{path} is quantised, which this model's module can't be")
+    present = Settings(**module_settings(path, weights, plan.modules[path]))
+    wanted = plan.wanted.get(path)
+    if not plan.options.dequantise and wanted in (None, present):
+        names = [f"{path}.{kind}" for kind in ("weight", "scales", "biases") if f"{path}.{kind}" in weights]
+        return {name: cast_floating(name, weights[name], plan.cls, dtype) for name in names}
+    weight = dequantise(path, weights, present, dtype or _stored_dtype(plan.config))
+    return {f"{path}.weight": weight} if wanted is None else quantise(path, weight, wanted)
+
+
+def _recipe_of(outlines: Weights, modules: Mapping[str, int]) -> Recipe:
+    return {
+        path: Settings(**module_settings(path, outlines, inputs))
+        for path, inputs in modules.items()
+        if f"{path}.scales" in outlines
+    }
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The type that the checkpoint's floating point weights have, or had before they were quantised."""
+    name = config.get("torch_dtype") or config.get("dtype") or config.get("text_config", {}).get("dtype")
+    return (mlx_dtype(name) if name in DTYPES else None) or mx.bfloat16
