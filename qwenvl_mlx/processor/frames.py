@@ -82,7 +82,7 @@ class Animation(Frames):
     def open(cls, data: Path | bytes, name: str) -> Animation:
         try:
             with Image.open(_stream(data)) as image:
-                times = [float(frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(image)]
+                times = [_milliseconds(frame) for frame in ImageSequence.Iterator(image)]
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
             raise _unreadable(name, error) from error
         fps = len(times) / sum(times) * 1000 if sum(times) else None
@@ -134,6 +134,11 @@ class VideoFile(Frames):
             if not decoded:
                 raise _unreadable(self.name, error) from error
         raise ShortVideo(decoded)
+
+
+def _milliseconds(frame: Image.Image) -> float:
+    frame.load()  # a WebP knows only then
+    return float(frame.info.get("duration", 0))
 
 
 def _pyav() -> ModuleType:
