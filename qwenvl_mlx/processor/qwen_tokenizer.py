@@ -69,8 +69,8 @@ class QwenTokenizer:
         )
         self._alphabet = byte_alphabet()
         self.image_slots = image_slots
-        self.end_of_text = self._special(END_OF_TEXT)
         self._ids = {name: self._special(name) for name in SPECIALS}
+        self.end_of_text, self.im_start, self.im_end = (self._ids[name] for name in SPECIALS[:3])
         self._names = {number: name for name, number in self._ids.items()}
         if sorted(self._names) != list(range(self.end_of_text, self.end_of_text + len(SPECIALS))):
             raise CheckpointError(
