@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from starlette.responses import Response
 
 from qwenvl_mlx.media import Prompt
+from qwenvl_mlx.processor.base import MediaOptions
 from qwenvl_mlx.server import media, schema
 from qwenvl_mlx.server.completion_form import CompletionForm
 from qwenvl_mlx.server.errors import ApiError
@@ -69,7 +70,7 @@ def _each(given: str | list[str] | list[int] | list[list[int]]) -> list[str] | l
 def _prompt(given: str | list[int], served: Served, state: State) -> Prompt:
     if isinstance(given, str):
         media.check_length(len(given), state.settings, param="prompt")
-        return served.engine.processor.raw(given)
+        return served.engine.processor.raw(given, options=MediaOptions(policy=state.policy))
     vocab = served.engine.model.vocab_size
     if max(given) >= vocab:
         raise ApiError(

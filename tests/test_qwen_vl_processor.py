@@ -200,7 +200,7 @@ def test_a_conversation_may_end_with_the_assistant(tiny: QwenVLProcessor) -> Non
     opened = tiny([user("Once upon")]).input_ids
     begun = tiny([user("Once upon"), assistant("a time")]).input_ids
     assert begun == opened + tiny.tokenizer.encode("a time")
-    assert opened + tiny.begun({"type": "text", "text": "a time"}).input_ids == begun
+    assert opened + tiny.continuation({"type": "text", "text": "a time"}).input_ids == begun
     assert tiny([user("Once upon"), assistant(None)]).input_ids == opened
 
 

@@ -126,7 +126,7 @@ class QwenVLProcessor(Processor):
             written.pictures = [item if isinstance(item, Media) else _picture_of(item) for item in media]
         return self._prompt(written, options)
 
-    def begun(self, part: Mapping[str, Any], *, options: MediaOptions | None = None) -> Prompt:
+    def continuation(self, part: Mapping[str, Any], *, options: MediaOptions | None = None) -> Prompt:
         return self._prompt(self._content(read_content(part)), options)
 
     def boxes(self, text: str, prompt: Prompt) -> list[Box]:
