@@ -16,7 +16,7 @@ from qwenvl_mlx.errors import CheckpointError, MediaError, PromptError
 from qwenvl_mlx.media import Media, Prompt, media_kinds
 from qwenvl_mlx.processor import grounding_json
 from qwenvl_mlx.processor.answer import THINK, AnswerSplitter
-from qwenvl_mlx.processor.base import Box, GenerationDefaults, MediaOptions, Message, Processor, ToolFormat, ToolFormat
+from qwenvl_mlx.processor.base import Box, GenerationDefaults, MediaOptions, Message, Processor, ToolFormat
 from qwenvl_mlx.processor.chat_template import ChatTemplate
 from qwenvl_mlx.processor.fetch import load_image, source_of
 from qwenvl_mlx.processor.frames import open_frames
