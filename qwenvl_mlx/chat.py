@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
     cli.add_media_options(parser)
-    cli.add_sampling_options(parser)
+    cli.add_sampling_options(parser, max_tokens=4096)
     cli.add_engine_options(parser)
     args = parser.parse_args(argv)
     cli.set_up_logging(args)

@@ -102,7 +102,13 @@ def add_media_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None = None) -> None:
     """Options of one generation; what is left out is as the checkpoint's ``generation_config.json`` says."""
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-tokens", type=positive, default=max_tokens, metavar="N", help="longest answer")
+    group.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=max_tokens,
+        metavar="N",
+        help="longest answer (default: %(default)s)",
+    )
     group.add_argument(
         "--temperature",
         "--temp",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from qwenvl_mlx import cli
 from qwenvl_mlx.errors import OutputError, PromptError
 
 if TYPE_CHECKING:
-    from qwenvl_mlx.engine import Engine, Reply
-    from qwenvl_mlx.media import Prompt
+    from qwenvl_mlx.engine import Event, Reply
 
 Part = dict[str, Any]
+
+DRAWABLE = (".png", ".jpg", ".jpeg", ".webp")
+IMG_TAG = re.compile(r"<img>(.+?)</img>", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     prompt.add_argument("--raw", action="store_true", help="send the prompt without a chat template")
     cli.add_media_options(parser)
-    cli.add_sampling_options(parser)
+    cli.add_sampling_options(parser, max_tokens=1024)
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of the answer")
     cli.add_engine_options(parser)
     output = parser.add_argument_group("output")
@@ -73,33 +76,69 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
-    if args.boxes and not args.boxes.absolute().parent.is_dir():
-        raise OutputError(f"{args.boxes.parent} is not a folder: make it, or give another --boxes")
-    messages = _messages(args)  # read before the model is loaded: a slip is told at once
+    messages = _messages(args)  # what may be a slip is told before the model is loaded
     options = cli.generation_options(args)
+    picture = _picture_to_draw_on(args, messages) if args.boxes else None
     cli.use_device(args.device)
     from qwenvl_mlx.api import load
     from qwenvl_mlx.engine import Engine
 
     model, processor = load(args.model, dtype=args.dtype)
     media = cli.media_options(args)
-    if args.raw:
-        prompt = processor.raw(args.prompt, args.media, options=media)
-    else:
-        prompt = processor(messages, options=media)
+    prompt = (
+        processor.raw(args.prompt, args.media, options=media)
+        if args.raw
+        else processor(messages, options=media)
+    )
     with Engine(model, processor, cli.engine_options(args)) as engine:
-        request = engine.stream(prompt, options)
-        reply = _print_json(request, prompt) if args.json else _print_text(request)
+        events = engine.stream(prompt, options)
+        reply = _print_json(events) if args.json else _print_text(events)
     _print_statistics(reply)
     if args.boxes:
-        _draw(reply, messages if not args.raw else [{"content": args.media}], args.boxes)
+        _draw(reply, picture, args.boxes)
+
+
+def _picture_to_draw_on(args: argparse.Namespace, messages: Sequence[Part]) -> Any:
+    """The source of the last picture: answers speak of it."""
+    if not args.boxes.absolute().parent.is_dir():
+        raise OutputError(f"{args.boxes.parent} is not a folder: make it, or give another --boxes")
+    if args.boxes.suffix.lower() not in DRAWABLE:
+        raise OutputError(f"{args.boxes} is no picture file: let --boxes end in one of {', '.join(DRAWABLE)}")
+    sources = [source for message in messages for source in _pictures(message.get("content"))]
+    if not sources:
+        raise PromptError("--boxes needs a picture to draw on: give --image")
+    return sources[-1]
+
+
+def _pictures(content: Any) -> list[Any]:
+    from qwenvl_mlx.processor.fetch import source_of
+
+    if isinstance(content, str):
+        return IMG_TAG.findall(content)  # the original Qwen-VL's way to name a picture in the text
+    parts = [part for part in content or [] if isinstance(part, dict)]
+    found = []
+    for part in parts:
+        if part.get("type", "image") in ("image", "image_url") and "text" not in part:
+            found.append(source_of(part, "image"))
+        elif isinstance(part.get("text"), str):
+            found += IMG_TAG.findall(part["text"])
+    return found
+
+
+def _draw(reply: Reply, source: Any, path: Path) -> None:
+    from qwenvl_mlx.processor.fetch import load_image
+    from qwenvl_mlx.processor.grounding import draw
+
+    draw(load_image(source), reply.boxes).convert("RGB").save(path)
+    count = len(reply.boxes) or "the answer names no place, so no"
+    print(f"{path}: {count} box{'' if len(reply.boxes) == 1 else 'es'} drawn", file=sys.stderr)
 
 
 def _messages(args: argparse.Namespace) -> list[Part]:
     if args.messages:
         return read_messages(args.messages)
     system = [{"role": "system", "content": args.system}] if args.system else []
-    text = {"type": "text", "text": args.prompt}
+    text = {"type": "text", "text": args.prompt}  # after the pictures, as the models were trained
     return [*system, {"role": "user", "content": [*args.media, text] if args.media else args.prompt}]
 
 
@@ -119,20 +158,20 @@ def read_messages(path: Path) -> list[Part]:
     return messages
 
 
-def _print_text(events: Any) -> Reply:
-    from qwenvl_mlx.engine import TextEvent
+def _print_text(events: Iterator[Event]) -> Reply:
+    from qwenvl_mlx.engine import FinishEvent
 
     for event in events:
-        if isinstance(event, TextEvent):
-            print(event.text, end="", flush=True)
-    print()
-    reply: Reply = event.reply
-    return reply
+        if isinstance(event, FinishEvent):
+            print()
+            return event.reply
+        print(event.text, end="", flush=True)
+    raise RuntimeError("the engine ended without a reply")
 
 
-def _print_json(events: Any, prompt: Prompt) -> Reply:
+def _print_json(events: Iterator[Event]) -> Reply:
     *_, last = events
-    reply: Reply = last.reply
+    reply: Reply = last.reply  # type: ignore[union-attr]  # FinishEvent
     print(json.dumps(as_json(reply), ensure_ascii=False))
     return reply
 

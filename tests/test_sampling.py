@@ -75,6 +75,17 @@ def test_defaults_of_the_checkpoint_fill_what_the_caller_leaves_open() -> None:
     assert Warpers.of(GenerationOptions(), SILENT).temperature == 0
 
 
+def test_temperature_0_is_the_likeliest_token_whatever_the_checkpoint_prefers() -> None:
+    defaults = GenerationDefaults(temperature=0.1, repetition_penalty=9.0)
+    logits = mx.array([3.0, 2.0])
+    plain = Sampler(GenerationOptions(temperature=0.0), defaults, [0], 2)
+    assert plain.plain
+    assert plain(logits).item() == 0
+    asked = Sampler(GenerationOptions(temperature=0.0, repetition_penalty=9.0), defaults, [0], 2)
+    assert asked(logits).item() == 1
+    assert Sampler(GenerationOptions(), defaults, [0], 2)(logits).item() == 1
+
+
 def test_a_seed_repeats_and_leaves_the_global_generator_alone() -> None:
     logits = mx.zeros((1000,))
     mx.random.seed(1)

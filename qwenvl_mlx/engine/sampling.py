@@ -7,6 +7,7 @@ look only at the last twenty tokens, and draw from one generator for all rows: s
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +46,7 @@ class Warpers:
         if self.top_p < 1:
             logits = _top_p(logits, self.top_p)
         if self.min_p > 0:
-            probabilities = mx.softmax(logits)
-            logits = mx.where(probabilities < self.min_p * mx.max(probabilities), NEVER, logits)
+            logits = mx.where(logits < mx.max(logits) + math.log(self.min_p), NEVER, logits)
         return logits
 
 
@@ -66,7 +66,9 @@ class Sampler:
         self, options: GenerationOptions, defaults: GenerationDefaults, prompt_ids: Sequence[int], vocab: int
     ) -> None:
         self.warpers = Warpers.of(options, defaults)
-        self._repetition = _first(options.repetition_penalty, defaults.repetition_penalty, 1.0)
+        # Who asks for temperature 0 wants the likeliest token, not the penalty of the checkpoint's sampling recipe.
+        usual = None if options.temperature == 0 else defaults.repetition_penalty
+        self._repetition = _first(options.repetition_penalty, usual, 1.0)
         self._presence = options.presence_penalty or 0.0
         self._frequency = options.frequency_penalty or 0.0
         self._bias = _bias(options, vocab)
