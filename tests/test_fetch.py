@@ -146,6 +146,16 @@ def test_pictures_are_put_upright(orientation: int, kind: str) -> None:
     np.testing.assert_allclose(pixels(got).astype(int), pixels(upright).astype(int), atol=3)
 
 
+def test_an_image_that_was_worked_on_is_taken_as_it_lies() -> None:
+    """Turning or converting an image leaves the marks of its file on it."""
+    for name in ("exif_rot.jpg", "palette.png", "rgba.png"):
+        with Image.open(reference(f"qwen_vl/images/{name}")) as opened:
+            rgb = opened.convert("RGB")
+            assert load_image(rgb).tobytes() == rgb.tobytes()
+            assert load_image(opened).tobytes() == load_image(reference(f"qwen_vl/images/{name}")).tobytes()
+            assert load_image(opened).tobytes() != rgb.tobytes()
+
+
 def test_deep_grey_is_scaled_not_clipped() -> None:
     deep = Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16))
     assert pixels(load_image(encoded(deep)))[0, :, 0].tolist() == [0, 1, 128, 255]

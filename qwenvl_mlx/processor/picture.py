@@ -56,11 +56,16 @@ def decode(stream: IO[bytes], name: str, *, max_pixels: int) -> Image:
 
 
 def from_image(image: Image, *, max_pixels: int) -> Image:
-    """A Pillow image of any mode, upright RGB; the given one stays as it is."""
+    """A Pillow image of any mode, upright RGB; the given one stays as it is.
+
+    Only an image straight from a file is turned: one that was worked on keeps the tag, whatever was done to it.
+    """
     _check_size(image.size, "the given image", max_pixels)
     try:
         image.load()
-        return upright_rgb(image)
+        if image.format is not None:
+            return upright_rgb(image)
+        return image.copy() if image.mode == "RGB" else _rgb(image)
     except _UNREADABLE as error:
         raise MediaError(f"the given image can't be read ({error}): check that its file is whole") from error
 
