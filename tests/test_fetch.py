@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import io
 import random
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +55,9 @@ class Pages(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", PLACES[self.path])
             self.end_headers()
             return
+        if self.path.startswith("/slow"):
+            self.drip(b"HTTP/1.1 200 OK\r\nX: " if self.path == "/slow-head" else b"HTTP/1.1 200 OK\r\n\r\n")
+            return
         if self.path == "/missing":
             self.send_error(404)
             return
@@ -66,6 +71,12 @@ class Pages(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) + (10 if self.path == "/broken" else 0)))
         self.end_headers()
         self.wfile.write(body)
+
+    def drip(self, start: bytes) -> None:
+        with contextlib.suppress(OSError):  # the other side hangs up
+            for piece in (start, *[b"x"] * 40):
+                self.wfile.write(piece)
+                time.sleep(0.1)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -258,6 +269,19 @@ def test_a_truncated_picture_is_refused(picture: Image.Image, tmp_path: Path) ->
 def test_bad_answers_of_a_site(site: str, path: str, says: str) -> None:
     with pytest.raises(MediaError, match=says):
         load_image(site + path)
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("path", ["/slow-head", "/slow-body"])
+def test_a_slow_sender_can_not_outlast_the_limit(site: str, path: str, public: bool) -> None:
+    class Local(FetchPolicy):
+        def allows_address(self, address: object) -> bool:
+            return True
+
+    began = time.monotonic()
+    with pytest.raises(MediaError, match=r"longer than 0.3 s"):
+        load_image(site + path, policy=Local(timeout=0.3, public_only=public))
+    assert time.monotonic() - began < 2
 
 
 def test_a_policy_limits_what_is_fetched(site: str, tmp_path: Path, picture: Image.Image) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import ipaddress
 import socket
 import ssl
-import time
+import threading
 import urllib.error
 import urllib.request
 from email.message import Message
@@ -26,38 +27,32 @@ def download(url: str, policy: FetchPolicy) -> bytes:
     policy.check_url(url)
     name = url if len(url) <= 100 else url[:97] + "..."
     try:
-        request = urllib.request.Request(_ascii(url), headers=HEADERS)
-        with _opener(policy).open(request, timeout=policy.timeout) as response:
-            return _body(response, name, policy)
+        with _Line(policy) as line:
+            return _fetch(_ascii(url), name, line)
     except urllib.error.HTTPError as error:
         with error:
             raise MediaError(f"{name} answered {error.code} {error.reason}: check the address") from None
-    except urllib.error.URLError as error:
-        raise MediaError(
-            f"{name} can't be reached ({error.reason}): check the address and the network"
-        ) from error
-    except TimeoutError as error:
-        raise MediaError(
-            f"{name} took longer than {policy.timeout:g} s: try again, or fetch it first"
-        ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise MediaError(f"{name} can't be fetched ({error}): check the address") from error
+        if line.hung_up or isinstance(getattr(error, "reason", error), TimeoutError):
+            late = f"{name} took longer than {policy.timeout:g} s: try again, or fetch it first"
+            raise MediaError(late) from error
+        reason = getattr(error, "reason", error)
+        raise MediaError(f"{name} can't be reached ({reason}): check the address and the network") from error
 
 
-def _body(response: Any, name: str, policy: FetchPolicy) -> bytes:
-    deadline = time.monotonic() + policy.timeout
-    chunks, total = [], 0
-    while chunk := response.read1(
-        CHUNK
-    ):  # read1 waits for one packet only: a slow sender can't outlast the deadline
-        chunks.append(chunk)
-        total += len(chunk)
-        if total > policy.max_bytes:
-            raise MediaError(f"{name} is larger than {policy.max_bytes >> 20} MiB: send a smaller file")
-        if time.monotonic() > deadline:
+def _fetch(url: str, name: str, line: _Line) -> bytes:
+    policy = line.policy
+    with _opener(line).open(urllib.request.Request(url, headers=HEADERS), timeout=policy.timeout) as response:
+        chunks, total = [], 0
+        while chunk := response.read(CHUNK):
+            chunks.append(chunk)
+            total += len(chunk)
+            if total > policy.max_bytes:
+                raise MediaError(f"{name} is larger than {policy.max_bytes >> 20} MiB: send a smaller file")
+        if line.hung_up:
             raise TimeoutError
-    if response.length:  # what the header promised and did not come
-        raise MediaError(f"{name} broke off after {total} bytes: try again")
+        if response.length:  # what the header promised and did not come
+            raise MediaError(f"{name} broke off after {total} bytes: try again")
     return b"".join(chunks)
 
 
@@ -71,20 +66,43 @@ def _ascii(url: str) -> str:
     return urlunsplit((parts.scheme, host, quote(parts.path, safe=safe), quote(parts.query, safe=safe), ""))
 
 
-def _opener(policy: FetchPolicy) -> urllib.request.OpenerDirector:
+class _Line:
+    """The sockets of one download. They are shut when its time is over, however slowly the other side talks."""
+
+    def __init__(self, policy: FetchPolicy) -> None:
+        self.policy = policy
+        self.hung_up = False
+        self._sockets: list[socket.socket] = []
+        self._alarm = threading.Timer(policy.timeout, self._hang_up)
+        self._alarm.daemon = True
+
+    def __enter__(self) -> _Line:
+        self._alarm.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._alarm.cancel()
+
+    def add(self, opened: socket.socket) -> None:
+        self._sockets.append(opened)
+
+    def _hang_up(self) -> None:
+        self.hung_up = True
+        for opened in self._sockets:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                socket.socket.shutdown(
+                    opened, socket.SHUT_RDWR
+                )  # not TLS's own, which another thread may be reading
+
+
+def _opener(line: _Line) -> urllib.request.OpenerDirector:
     """Opens http(s) only: urllib's default would also take ftp:, file: and data:."""
     opener = urllib.request.OpenerDirector()
-    if policy.public_only:
-        handlers: list[urllib.request.BaseHandler] = [_PublicHTTP(policy), _PublicHTTPS(policy)]
-    else:
-        https = urllib.request.HTTPSHandler(context=_tls())
-        handlers = [urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), https]
-    errors = [
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        _Redirects(policy),
-    ]
-    for handler in (*handlers, *errors):
+    handlers: list[urllib.request.BaseHandler] = [_HTTP(line), _HTTPS(line), _Redirects(line.policy)]
+    handlers += [urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()]
+    if not line.policy.public_only:
+        handlers.append(urllib.request.ProxyHandler())
+    for handler in handlers:
         opener.add_handler(handler)
     return opener
 
@@ -135,39 +153,48 @@ def _dial(host: str, port: int, timeout: float | None, policy: FetchPolicy) -> s
     raise MediaError(f"{host} is not on the public internet: send the picture or video as a data URI")
 
 
-class _Public(http.client.HTTPConnection):
-    def __init__(self, host: str, *, policy: FetchPolicy, **kwargs: Any) -> None:
-        super().__init__(host, **kwargs)
-        self.policy = policy
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, host: str, *, line: _Line, **options: Any) -> None:
+        super().__init__(host, **options)
+        self.line = line
 
     def connect(self) -> None:
-        self.sock = _dial(self.host, self.port, self.timeout, self.policy)
+        if self.line.policy.public_only:
+            self.sock = _dial(self.host, self.port, self.timeout, self.line.policy)
+        else:
+            super().connect()
+        self.line.add(self.sock)
 
 
-class _PublicTLS(http.client.HTTPSConnection):
-    def __init__(self, host: str, *, policy: FetchPolicy, **kwargs: Any) -> None:
-        super().__init__(host, **kwargs)
-        self.policy = policy
+class _TLSConnection(http.client.HTTPSConnection):
+    def __init__(self, host: str, *, line: _Line, tls: ssl.SSLContext, **options: Any) -> None:
+        super().__init__(host, context=tls, **options)
+        self.line = line
+        self.tls = tls
 
     def connect(self) -> None:
-        self.sock = _tls().wrap_socket(
-            _dial(self.host, self.port, self.timeout, self.policy), server_hostname=self.host
-        )
+        if self.line.policy.public_only:
+            plain = _dial(self.host, self.port, self.timeout, self.line.policy)
+            self.line.add(plain)
+            self.sock = self.tls.wrap_socket(plain, server_hostname=self.host)
+        else:
+            super().connect()
+        self.line.add(self.sock)
 
 
-class _PublicHTTP(urllib.request.HTTPHandler):
-    def __init__(self, policy: FetchPolicy) -> None:
+class _HTTP(urllib.request.HTTPHandler):
+    def __init__(self, line: _Line) -> None:
         super().__init__()
-        self.policy = policy
+        self.line = line
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_Public, policy=self.policy), req)
+        return self.do_open(functools.partial(_Connection, line=self.line), req)
 
 
-class _PublicHTTPS(urllib.request.HTTPSHandler):
-    def __init__(self, policy: FetchPolicy) -> None:
+class _HTTPS(urllib.request.HTTPSHandler):
+    def __init__(self, line: _Line) -> None:
         super().__init__()
-        self.policy = policy
+        self.line = line
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_PublicTLS, policy=self.policy), req)
+        return self.do_open(functools.partial(_TLSConnection, line=self.line, tls=_tls()), req)
