@@ -24,8 +24,8 @@ def finished_folder(target: Path) -> Iterator[Path]:
     """
     refuse_existing(target)
     partial = target.with_name(f".{target.name}.partial")
+    _make_parent(target)
     with _translated(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(partial)
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -54,6 +54,15 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder.parent} has {free / 1e9:.2f} GB free, the result needs {(needed + SPARE_BYTES) / 1e9:.2f} GB: "
             "free some space or pass another --mlx-path"
         )
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{target.parent} can't be made ({error.strerror}): pass another --mlx-path"
+        ) from error
 
 
 @contextmanager

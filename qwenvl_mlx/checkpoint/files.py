@@ -78,7 +78,9 @@ def _no_shard_missing(folder: Path, paths: list[Path]) -> None:
             continue
         found = [other for other in paths if other.name.startswith(f"{shard['stem']}-")]
         if len(found) != int(shard["parts"]):
-            raise CheckpointError(f"{folder} holds {len(found)} of {int(shard['parts'])} shards: fetch the others")
+            raise CheckpointError(
+                f"{folder} holds {len(found)} of {int(shard['parts'])} shards: fetch the others"
+            )
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:

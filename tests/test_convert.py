@@ -1,0 +1,364 @@
+"""Conversion: exact where nothing is rounded, as loadable elsewhere, whole or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import HERE, reference
+from safetensors import safe_open
+
+from qwenvl_mlx.checkpoint import load_model, read, writing
+from qwenvl_mlx.convert import convert, folder, main
+from qwenvl_mlx.convert.options import ConvertOptions, Settings, make_options
+from qwenvl_mlx.convert.recipe import make_recipe
+from qwenvl_mlx.errors import ConfigError, OutputError
+from qwenvl_mlx.media import Prompt
+
+ORIGINAL = "qwen_vl/ckpt/tiny_chat"
+IDS = [420, 13, 77, 5, 9, 200, 31]
+
+
+def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The real command in a process of its own."""
+    line = [sys.executable, "-m", "qwenvl_mlx.convert", *map(str, arguments)]
+    return subprocess.run(line, cwd=HERE.parent, capture_output=True, text=True, check=False, **options)
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
+
+
+def logits(path: Path) -> np.ndarray:
+    return np.array(load_model(path, "float32").logits(Prompt(IDS)))[0]
+
+
+def divergence(source: np.ndarray, other: np.ndarray) -> float:
+    """Mean KL divergence of next-token distributions, in nats."""
+    one, two = (mx.log(mx.softmax(mx.array(x), axis=-1)) for x in (source, other))
+    return mx.mean(mx.sum(mx.exp(one) * (one - two), axis=-1)).item()
+
+
+def config(path: Path) -> dict[str, Any]:
+    return json.loads((path / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"{ORIGINAL}/bin_bf16",
+        f"{ORIGINAL}/safetensors_fp32",
+        "qwen2_vl/tiny-hub",
+        "qwen2_vl/tiny-gptq-int4",
+        "qwen3_vl/tiny",
+        "qwen3_5/tiny",
+    ],
+)
+def test_a_converted_checkpoint_is_the_same_model(tmp_path: Path, source: str) -> None:
+    result = convert(reference(source), tmp_path / "m")
+    ids = [min(token, 200) for token in IDS]
+    ours, theirs = (
+        np.array(load_model(path, "float32").logits(Prompt(ids))) for path in (result, reference(source))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_folder_is_the_one_that_other_mlx_programs_use(tmp_path: Path) -> None:
+    result = convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m", quantize=True)
+    index = json.loads((result / "model.safetensors.index.json").read_text())
+    with safe_open(result / "model-00001-of-00001.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "mlx"}
+        assert set(file.keys()) == set(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in read(result).values())
+    assert config(result)["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"}
+    assert config(result)["quantization_config"] == config(result)["quantization"]
+    assert "auto_map" not in config(result)
+    names = {"tokenizer.json", "qwen.tiktoken", "tokenizer_config.json", "generation_config.json"}
+    assert names <= {path.name for path in result.iterdir()}
+
+
+def test_it_equals_the_folder_that_another_converter_made(tmp_path: Path, shared: Path) -> None:
+    result = convert(reference("qwen2_vl/tiny-hub"), tmp_path / "m", quantize=True, q_group_size=32)
+    ours, theirs = read(result), read(shared / "mlx_folders" / "q2-4bit")
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({"q_bits": 8}, 1e-3),
+        ({"q_bits": 8, "q_vision": True}, 1e-3),
+        ({"q_bits": 4}, 0.45),
+        ({"q_bits": 4, "q_group_size": 32}, 0.36),
+        ({"q_bits": 4, "q_group_size": 32, "q_recipe": "mixed"}, 0.18),
+        ({"q_mode": "mxfp4"}, 0.75),
+        ({"q_mode": "nvfp4"}, 0.58),
+        ({"q_mode": "mxfp8"}, 0.04),
+    ],
+)
+def test_quantising_costs_no_more_than_this(tmp_path: Path, options: dict[str, Any], bound: float) -> None:
+    """Random weights are the hardest to quantise: trained ones lose less. Bounds: 1.3 times what was measured."""
+    source = reference(f"{ORIGINAL}/safetensors_fp32")
+    result = convert(source, tmp_path / "m", quantize=True, **options)
+    cost = divergence(logits(source), logits(result))
+    print(f"{options}: KL {cost:.5f} nats")
+    assert cost < bound
+
+
+def test_the_vision_tower_is_quantised_only_when_asked(tmp_path: Path) -> None:
+    source = reference("qwen3_vl/tiny")
+    plain = read(convert(source, tmp_path / "a", quantize=True, q_group_size=32))
+    both = read(convert(source, tmp_path / "b", quantize=True, q_group_size=32, q_vision=True))
+    assert not any(name.startswith("vision_tower") and name.endswith(".scales") for name in plain)
+    assert any(name.startswith("vision_tower") and name.endswith(".scales") for name in both)
+    assert config(tmp_path / "b")["quantization"]["vision_tower.merger.linear_fc2"]["bits"] == 8
+    load_model(tmp_path / "b")
+
+
+def test_dequantising_and_requantising_an_mlx_folder(tmp_path: Path) -> None:
+    source = reference(f"{ORIGINAL}/bin_bf16")
+    eight = convert(source, tmp_path / "8", quantize=True, q_bits=8)
+    plain = convert(eight, tmp_path / "plain", dequantize=True)
+    assert "quantization" not in config(plain)
+    assert read(plain)["language_model.lm_head.weight"].dtype == mx.bfloat16
+    assert divergence(logits(source), logits(plain)) < 4e-3
+    four = convert(eight, tmp_path / "4", quantize=True, q_bits=4)
+    assert config(four)["quantization"]["bits"] == 4
+    again = convert(four, tmp_path / "again")
+    assert (
+        digests(again)["model-00001-of-00001.safetensors"]
+        == digests(four)["model-00001-of-00001.safetensors"]
+    )
+
+
+def test_an_exact_mapping_is_kept_unless_other_settings_are_asked_for(tmp_path: Path) -> None:
+    source = reference("qwen2_vl/tiny-gptq-int4")
+    kept = convert(source, tmp_path / "kept", quantize=True, q_bits=4, q_group_size=64)
+    name = "language_model.model.layers.0.mlp.up_proj.scales"
+    assert mx.array_equal(read(kept)[name], read(source)["model.layers.0.mlp.up_proj.scales"].T)
+    other = convert(source, tmp_path / "other", quantize=True, q_bits=8)
+    assert config(other)["quantization"]["bits"] == 8
+
+
+def test_the_result_does_not_depend_on_the_shards(tmp_path: Path) -> None:
+    one = convert(reference(f"{ORIGINAL}/safetensors_fp32"), tmp_path / "1", dtype="bfloat16", quantize=True)
+    two = convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "2", quantize=True)
+    weights = "model-00001-of-00001.safetensors"
+    assert digests(one)[weights] == digests(two)[weights]
+
+
+def test_shards_are_cut_at_their_limit(tmp_path: Path) -> None:
+    arrays = {f"t{n}": mx.full((100,), n, mx.float32) for n in range(5)}
+    outlines = {name: writing.Outline(array.shape, array.dtype) for name, array in arrays.items()}
+    paths = writing.write_shards(tmp_path, outlines, arrays.__getitem__, shard_bytes=800)
+    assert [path.name for path in paths] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert all(mx.array_equal(array, arrays[name]) for name, array in read(tmp_path).items())
+
+
+def test_checksums_of_the_inputs_are_recorded(tmp_path: Path) -> None:
+    source = reference(f"{ORIGINAL}/bin_bf16")
+    result = convert(source, tmp_path / "m")
+    recorded = json.loads((result / "qwenvl_mlx.json").read_text())["sha256"]
+    assert recorded.items() <= digests(source).items()
+    assert len(recorded) == 3
+
+
+# ---- recipes
+
+
+MODULES = {
+    **{f"language_model.model.layers.{n}.mlp.{kind}_proj": 256 for n in range(16) for kind in ("up", "down")},
+    "language_model.model.layers.8.mlp.gate": 256,
+    "language_model.model.embed_tokens": 256,
+    "language_model.lm_head": 256,
+    "language_model.model.layers.8.odd": 100,
+    "vision_tower.blocks.0.mlp.fc1": 160,
+    "vision_tower.blocks.0.mlp.fc2": 100,
+}
+
+
+def bits_of(**options: Any) -> dict[str, int]:
+    recipe = make_recipe(MODULES, make_options(quantize=True, **options))
+    return {path.removeprefix("language_model."): settings.bits for path, settings in recipe.items()}
+
+
+def test_routers_and_odd_sizes_have_their_own_rules() -> None:
+    bits = bits_of(q_bits=4)
+    assert bits["model.layers.8.mlp.gate"] == 8
+    assert "model.layers.8.odd" not in bits
+    assert set(bits.values()) == {4, 8}
+    assert not any(path.startswith("vision") for path in bits)
+
+
+def test_mixed_recipes_spend_bits_where_they_matter() -> None:
+    for name, high in (("mixed", 8), ("mixed_6", 6)):
+        bits = bits_of(q_recipe=name)
+        assert {bits["lm_head"], bits["model.layers.0.mlp.up_proj"], bits["model.layers.15.mlp.up_proj"]} == {
+            high
+        }
+        assert bits["model.layers.8.mlp.down_proj"] == high
+        assert bits["model.layers.8.mlp.up_proj"] == bits["model.embed_tokens"] == 4
+
+
+def test_vision_layers_take_the_largest_group_that_divides_them() -> None:
+    recipe = make_recipe(MODULES, make_options(q_vision=8))
+    assert recipe == {"vision_tower.blocks.0.mlp.fc1": Settings(8, 32)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": True, "dequantize": True},
+        {"quantize": True, "q_mode": "nvfp4", "q_group_size": 64},
+        {"quantize": True, "q_bits": 5},
+        {"quantize": True, "q_group_size": 48},
+        {"q_recipe": "best"},
+        {"dtype": "int8"},
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        make_options(**options)
+
+
+def test_modes_bring_their_own_sizes() -> None:
+    assert make_options(quantize=True, q_mode="nvfp4") == ConvertOptions(Settings(4, 16, "nvfp4"))
+
+
+# ---- bad input and bad moments, through the command
+
+
+def test_the_command_converts_and_says_where(tmp_path: Path) -> None:
+    done = command(
+        "--hf-path", reference(f"{ORIGINAL}/bin_bf16"), "--mlx-path", tmp_path / "m", "-q", "--q-vision"
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "m"), "")
+
+
+def fails(*arguments: Any) -> str:
+    """The one line that a failing command prints; exit code 1, no traceback."""
+    done = command(*arguments)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_an_existing_output_folder_is_refused(tmp_path: Path) -> None:
+    message = fails("--hf-path", reference(f"{ORIGINAL}/bin_bf16"), "--mlx-path", tmp_path)
+    assert f"{tmp_path} exists: pass another --mlx-path" in message
+
+
+def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "Qwen-VL-Chat").mkdir()
+    message = fails("--hf-path", tmp_path / "Qwen-VL-Chta", "--mlx-path", tmp_path / "m")
+    assert f"close to it: {tmp_path / 'Qwen-VL-Chat'}" in message
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "model_type 'llama'" in fails("--hf-path", tmp_path, "--mlx-path", tmp_path / "m")
+
+
+def test_half_a_checkpoint_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "half"
+    source.mkdir()
+    for path in reference(f"{ORIGINAL}/bin_bf16").iterdir():
+        if "00002-of" not in path.name:
+            (source / path.name).write_bytes(path.read_bytes())
+    assert "1 of 2 files" in fails("--hf-path", source, "--mlx-path", tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half"]
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert command("--hf-path", "x", "-q", "-d").returncode == 2
+    assert command("--hf-path", "x", "--q-bits", "5").returncode == 2
+    assert command().returncode == 2
+
+
+def test_an_unwritable_place_is_refused() -> None:
+    message = fails("--hf-path", reference(f"{ORIGINAL}/bin_bf16"), "--mlx-path", "/proc/nowhere/m")
+    assert "/proc/nowhere can't be made" in message
+
+
+def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"0\.00 GB free, the result needs 0\.07 GB"):
+        convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def full(*_: Any, **__: Any) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing.os, "fsync", full)
+    with pytest.raises(OutputError, match="no space left"):
+        convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_conversions_into_one_folder_do_not_mix(tmp_path: Path) -> None:
+    with (
+        folder.finished_folder(tmp_path / "m"),
+        pytest.raises(OutputError, match="another process"),
+        folder.finished_folder(tmp_path / "m"),
+    ):
+        pass
+
+
+def test_ctrl_c_leaves_nothing_and_is_exit_code_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwenvl_mlx.convert.run.write_shards", interrupt)
+    arguments = ["--hf-path", str(reference(f"{ORIGINAL}/bin_bf16")), "--mlx-path", str(tmp_path / "m")]
+    assert main(arguments) == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_then_run_again(tmp_path: Path) -> None:
+    """Ten times kill -9 while it writes: what has the final name is whole, and the next run gives the same bytes."""
+    arguments = ["--hf-path", reference(f"{ORIGINAL}/bin_fp32"), "-q", "--q-group-size", 32]
+    quiet, target = tmp_path / "quiet", tmp_path / "m"
+    assert command(*arguments, "--mlx-path", quiet).returncode == 0
+    line = [sys.executable, "-m", "qwenvl_mlx.convert", *map(str, arguments), "--mlx-path", str(target)]
+    moments, interrupted = random.Random(0), 0
+    for _ in range(10):
+        with subprocess.Popen(
+            line, cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            while not (tmp_path / ".m.partial.lock").exists():
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.05))
+            process.kill()
+        if target.exists():
+            assert digests(target) == digests(quiet)
+            shutil.rmtree(target)
+        else:
+            interrupted += 1
+    assert interrupted, "every run had ended before it was killed: choose other moments"
+    assert command(*arguments, "--mlx-path", target).returncode == 0
+    assert digests(target) == digests(quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "quiet"]
