@@ -66,10 +66,17 @@ def prepare(body: schema.ChatRequest, plan: tools.Plan, served: Served, state: S
         min_pixels=body.min_pixels, max_pixels=body.max_pixels, fps=body.fps,
         max_frames=state.settings.limits.frames, policy=state.policy,
     )  # fmt: skip
-    turns, continued = messages.convert(body.messages)
+    limits = (
+        messages.LOW_DETAIL_PIXELS,
+        body.max_pixels or processor.max_pixels or messages.LOW_DETAIL_PIXELS,
+    )
+    turns, continued = messages.convert(body.messages, low_pixels=min(limits))
     media.check_counts(turns, state.settings)
     if continued is not None and plan.form == "react":
-        turns, continued = [*turns, {"role": "assistant", "content": continued}], None  # it writes such turns itself
+        turns, continued = (
+            [*turns, {"role": "assistant", "content": continued}],
+            None,
+        )  # it writes such turns itself
     begun = (continued or "") + plan.begun
     template = _template(body, begun=bool(begun))
     prompt = processor(turns, tools=plan.tools, options=sizes, template=template)

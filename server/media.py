@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.processor.policy import Address, FetchPolicy
 from qwenvl_mlx.server.errors import ApiError
+from qwenvl_mlx.server.messages import parts_of
 from qwenvl_mlx.server.settings import Settings
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -56,7 +57,7 @@ class ServerPolicy(FetchPolicy):
 def check_counts(messages: Sequence[Mapping[str, Any]], settings: Settings) -> None:
     """Pictures, frames and characters of a request, counted before anything is fetched."""
     limits = settings.limits
-    parts = list(_parts(messages))
+    parts = list(parts_of(messages))
     pictures = sum(part["type"] != "text" for part in parts)
     frames = sum(len(part["video"]) for part in parts if isinstance(part.get("video"), list))
     texts = [message["content"] for message in messages if isinstance(message["content"], str)]
@@ -79,12 +80,6 @@ def check_length(characters: int, settings: Settings, *, param: str) -> None:
             param=param,
             code="context_length_exceeded",
         )
-
-
-def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    for message in messages:
-        if not isinstance(message["content"], str):
-            yield from message["content"]
 
 
 def _expanded(path: Path) -> Path:

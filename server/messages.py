@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwenvl_mlx.server import schema
@@ -13,12 +13,20 @@ LOW_DETAIL_PIXELS = 512 * 512
 """``"detail": "low"``: the side that OpenAI documents for it."""
 
 
-def convert(messages: Sequence[schema.Message]) -> tuple[list[dict[str, Any]], str | None]:
-    """The conversation, and the beginning of an answer that is to be continued (a last message of the assistant)."""
+def convert(
+    messages: Sequence[schema.Message], *, low_pixels: int = LOW_DETAIL_PIXELS
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The conversation, and the beginning of an answer that is to be continued (a last message of the assistant).
+
+    ``low_pixels``: the area to which pictures of low detail are reduced.
+    """
     if not any(message.role == "user" for message in messages):
         raise ApiError(400, "messages needs at least one message with role 'user'", param="messages")
     names: dict[str, str] = {}
     converted = [_message(message, names, place) for place, message in enumerate(messages)]
+    for part in parts_of(converted):
+        if part.pop("detail", None) == "low":
+            part.setdefault("max_pixels", low_pixels)
     last = messages[-1]
     if not isinstance(last, schema.AssistantMessage):
         return converted, None
@@ -96,7 +104,7 @@ def _part(part: schema.Part) -> dict[str, Any]:
         return {"type": "text", "text": part.text}
     sizes = {"min_pixels": part.min_pixels, "max_pixels": part.max_pixels}
     if isinstance(part, schema.ImagePart | schema.ImageURLPart):
-        return _without_none({"type": "image", "image": _source(part), **_detailed(part, sizes)})
+        return _without_none({"type": "image", "image": _source(part), "detail": _detail(part), **sizes})
     return _without_none({"type": "video", "video": _source(part), "fps": part.fps, **sizes})
 
 
@@ -109,11 +117,16 @@ def _source(part: schema.MediaPart) -> str | list[str]:
     return given if isinstance(given, str | list) else given.url
 
 
-def _detailed(part: schema.MediaPart, sizes: dict[str, int | None]) -> dict[str, int | None]:
+def _detail(part: schema.ImagePart | schema.ImageURLPart) -> str | None:
     url = part.image_url if isinstance(part, schema.ImageURLPart) else None
-    if isinstance(url, schema.ImageURL) and url.detail == "low" and sizes["max_pixels"] is None:
-        return {**sizes, "max_pixels": LOW_DETAIL_PIXELS}
-    return sizes
+    return url.detail if isinstance(url, schema.ImageURL) else None
+
+
+def parts_of(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All parts of all messages."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            yield from message["content"]
 
 
 def _without_none(part: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class Processor(ABC):
     defaults: GenerationDefaults
     tool_format: ToolFormat = "json"
 
+    @property
+    def max_pixels(self) -> int | None:
+        """The area that pictures are reduced to where a request says nothing; None where all get one size."""
+        return None
+
     @abstractmethod
     def __call__(
         self,

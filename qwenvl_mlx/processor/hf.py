@@ -84,6 +84,10 @@ class HFProcessor(Processor):
             tool_format="xml" if chat_template.mentions("<function=") else "json",
         )
 
+    @property
+    def max_pixels(self) -> int:
+        return self.image_rules.max_pixels
+
     def __call__(
         self,
         messages: Sequence[Message],
