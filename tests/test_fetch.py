@@ -216,6 +216,7 @@ def bomb(width: int, height: int) -> bytes:
         ("/no/such/picture.png", "does not exist"),
         ("~nobody-of-this-name/x.png", "check the path"),
         ("/", "not a file"),
+        ("", "is empty"),
         ("a\0b.png", "check the path"),
         ("x" * 5000, "check the path"),
         ("data:image/png;base64", "comma"),
@@ -348,6 +349,29 @@ def test_no_bytes_raise_anything_but_a_media_error() -> None:
             data = data[: rng.randrange(len(data) + 1)]
         _load_or_media_error(bytes(data))
         _load_or_media_error(rng.choice(heads) + rng.randbytes(rng.randrange(200)))
+
+
+def test_no_text_raises_anything_but_a_media_error() -> None:
+    rng = random.Random(0)
+    starts = [
+        "",
+        "/",
+        "~",
+        "file:",
+        "file://",
+        "data:",
+        "data:image/png;base64,",
+        "x://",
+        "//",
+        "C:\\",
+        "localhost",
+    ]
+    letters = "a/\\:;,%#?[]@~. \n\0é图\ud800=+-_0\t"
+    for _ in range(1500):
+        source = rng.choice(starts) + "".join(rng.choices(letters, k=rng.randrange(12)))
+        with pytest.raises(MediaError) as caught:
+            load_image(source)
+        assert "\n" not in str(caught.value)
 
 
 def _load_or_media_error(data: bytes) -> None:

@@ -71,6 +71,8 @@ def local_path_or_bytes(source: Any, *, policy: FetchPolicy | None = None) -> Pa
         raise MediaError(
             f"a {type(source).__name__} is no picture or video: give a path, URL, bytes, image or array"
         )
+    if not source.strip():
+        raise MediaError("the path of a picture or video is empty: give one")
     scheme = source[:16].partition(":")[0].lower()
     if scheme in ("http", "https"):
         return download(source, policy)
@@ -88,7 +90,7 @@ def local_path_or_bytes(source: Any, *, policy: FetchPolicy | None = None) -> Pa
 def name_of(source: Any) -> str:
     """A source in a few words, for messages."""
     if isinstance(source, (str, Path)):
-        text = str(source)
+        text = " ".join(str(source).splitlines())
         if text[:5].lower() == "data:":
             return f"the data URI {text[:24]}..."
         return text if len(text) <= 100 else f"{text[:60]}...{text[-37:]}"
@@ -126,10 +128,11 @@ def _data(uri: str, policy: FetchPolicy) -> bytes:
         raise MediaError(f"{name} has no comma: write data:image/png;base64,...")
     if len(body) > policy.max_bytes * 4 // 3 + 4:
         raise MediaError(f"{name} is larger than {policy.max_bytes >> 20} MiB: send a smaller file")
+    content = unquote_to_bytes(body.encode(errors="replace"))
     if not head.lower().endswith(";base64"):
-        return unquote_to_bytes(body)
+        return content
     try:
-        compact = b"".join(unquote_to_bytes(body).split())
+        compact = b"".join(content.split())
         return base64.b64decode(
             compact + b"=" * (-len(compact) % 4), altchars=_altchars(compact), validate=True
         )
