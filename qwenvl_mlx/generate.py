@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _check(parser, args)
     cli.set_up_logging(args)
-    return cli.run(lambda: _work(args))
+    return cli.run(lambda: _work_through(args) if args.batch else _work(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,11 +51,23 @@ def _parser() -> argparse.ArgumentParser:
         "--messages", type=Path, metavar="FILE.json", help="a whole conversation, OpenAI style"
     )
     prompt.add_argument("--raw", action="store_true", help="send the prompt without a chat template")
+    prompt.add_argument(
+        "--batch",
+        type=Path,
+        metavar="IN.jsonl",
+        help="many prompts, one JSON object a line; or a folder of pictures",
+    )
     cli.add_media_options(parser)
     cli.add_sampling_options(parser, max_tokens=1024)
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of the answer")
     cli.add_engine_options(parser)
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output",
+        type=Path,
+        metavar="OUT.jsonl",
+        help="answers to --batch; run again, it goes on where it ended",
+    )
     output.add_argument("--json", action="store_true", help="print one JSON object in place of text")
     output.add_argument("--boxes", type=Path, metavar="OUT.png", help="draw the places that the answer names")
     return parser
@@ -67,6 +79,12 @@ def _part(kind: str) -> Callable[[str], Part]:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error (code 2) where options contradict each other."""
+    if (args.batch is None) != (args.output is None):
+        parser.error("--batch and --output go together")
+    if args.batch:
+        if args.messages or args.media or args.raw or args.boxes or args.json:
+            parser.error("--batch takes only --prompt and --system for lines that have none, and options")
+        return
     if (args.prompt is None) == (args.messages is None):
         parser.error("give either --prompt or --messages")
     if args.messages and (args.raw or args.system or args.media):
@@ -96,6 +114,35 @@ def _work(args: argparse.Namespace) -> None:
     _print_statistics(reply)
     if args.boxes:
         _draw(reply, picture, args.boxes)
+
+
+def _work_through(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from qwenvl_mlx.bulk import Bulk, keep_finished, read_tasks
+
+    tasks, options = read_tasks(args.batch), cli.generation_options(args)
+    finished = keep_finished(args.output, tasks)
+    waiting = [task for task in tasks if task.name not in finished]
+    cli.use_device(args.device)
+    from qwenvl_mlx.api import load
+    from qwenvl_mlx.engine import Engine
+
+    model, processor = load(args.model, dtype=args.dtype)
+    usual = {name: getattr(args, name) for name in ("prompt", "system") if getattr(args, name)}
+    failed = 0
+    with (
+        Engine(model, processor, cli.engine_options(args)) as engine,
+        args.output.open("a", encoding="utf-8") as out,
+    ):
+        bulk = Bulk(engine, options, cli.media_options(args), usual)
+        records = tqdm(bulk.run(waiting), total=len(tasks), initial=len(finished), unit="line", disable=None)
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.flush()  # a kill loses what is being answered, not what was
+            failed += "error" in record
+    print(f"{len(waiting) - failed} answered, {len(finished)} were there, {failed} failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _picture_to_draw_on(args: argparse.Namespace, messages: Sequence[Part]) -> Any:
