@@ -21,7 +21,8 @@ from qwen_vl_cases import CHECKPOINTS, Recorder, difference, goldens, load, medi
 
 from qwenvl_mlx.checkpoint import load_model
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
-from qwenvl_mlx.layers.cache import Cache, kv
+from qwenvl_mlx.layers.batch import left_pad
+from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.dynamic_ntk import Rotary, ntk_alpha
 from qwenvl_mlx.layers.positions import resample_table
 from qwenvl_mlx.media import Features, Media, Prompt
@@ -222,15 +223,18 @@ def test_a_second_prompt_keeps_the_factor_of_the_cache() -> None:
 
 
 def test_a_batch_can_be_prefilled_as_one() -> None:
-    net, ids = model("tiny_hd128"), goldens("tiny_hd128")["text"]["ids"]
-    short = net.embed(ids[0, 12:].tolist(), [], []).embeddings
-    both = net.embed(ids[0].tolist(), [], [])
-    padded = mx.concatenate([mx.zeros((1, 12, short.shape[2])), short], axis=1)
-    state = Cache([kv.BatchKVCache([0, 12]) for _ in net.make_cache()], ntk_alpha=(1.0, 1.0))
-    batch = type(both)(mx.concatenate([both.embeddings, padded]), both.positions, prompt_length=20)
+    """Rows of other lengths have other NTK factors; padding counts for nothing."""
+    net, cases = model("tiny_hd128"), ["text", "long64", "long99", "long197"]
+    rows = [goldens("tiny_hd128")[case] for case in cases]
+    prompts = [row["ids"][0].tolist() for row in rows]
+    batch, state = left_pad([net.embed(ids, [], []) for ids in prompts], net.make_cache())
     logits = net(batch, state, last_only=True)
-    assert difference(logits[:1], goldens("tiny_hd128")["text"]["logits"][:, -1:]) < LOGITS
-    assert difference(logits[1:], np.array(net.logits(Prompt(ids[0, 12:].tolist()))[:, -1:])) < 2e-4
+    assert state.ntk_alpha == (1, 1, 3, 7)
+    assert difference(logits, np.concatenate([row["logits"][:, -1:] for row in rows])) < LOGITS
+    tokens = np.concatenate([row["decode_ids"] for row in rows])
+    assert (
+        difference(fed(net, tokens, state), np.concatenate([row["decode_logits"] for row in rows])) < LOGITS
+    )
 
 
 def test_a_quantised_cache_is_taken() -> None:

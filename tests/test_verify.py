@@ -50,8 +50,7 @@ def small_prompt(config: dict[str, Any]) -> Prompt:
 
 
 def rows_of(model: Any, prompt: Prompt, ours: Any, theirs: Any) -> list[verify.Row]:
-    places = model.media_places(prompt.input_ids, prompt.media)
-    return list(verify.compare(ours, theirs, places, "float32", verify.bits(model)))
+    return list(verify.compare(ours, theirs, model, prompt, "float32"))
 
 
 @needs_torch
@@ -96,7 +95,7 @@ def test_the_command_on_the_original(hub_folder: Path, capsys: pytest.CaptureFix
     assert "--trust-remote-code" in capsys.readouterr().err
     assert verify.main([*command, "--trust-remote-code", "--save", str(kept)]) == 0
     first = capsys.readouterr().out
-    assert "parity holds in 8 stages" in first
+    assert "parity holds: 8 of 8 stages" in first
     assert verify.main(["--model", str(hub_folder), "--golden", str(kept)]) == 0
     assert capsys.readouterr().out == first
 
@@ -188,7 +187,7 @@ def test_a_quantised_model_is_judged_by_its_answers(tmp_path: Path) -> None:
     model = load_model(folder, "float32")
     nn.quantize(model.language_model, group_size=32, bits=8)
     rows = rows_of(model, prompt, run_mlx(model, prompt, theirs.tokens), theirs)
-    assert [row.stage for row in rows if row.limit is not None] == ["divergence"]
+    assert [row.stage for row in rows if row.limit is not None] == ["features 1", "features 2", "divergence"]
     assert not any(row.failed for row in rows)
 
 

@@ -253,15 +253,22 @@ class Model(VisionLanguageModel):
     def __call__(
         self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False
     ) -> mx.array:
-        length = embedded.prompt_length or embedded.start + len(embedded)
         if cache is None:
             layers: Sequence[Any] = [None] * self.config.num_hidden_layers
             return self._logits(
-                embedded.embeddings, embedded.start, (self.rope_key(length),), layers, last_only
+                embedded.embeddings, embedded.start, self._alphas(embedded, None), layers, last_only
             )
-        if isinstance(cache.offset, int) and cache.offset == 0:
-            cache.ntk_alpha = (self.rope_key(length),) * embedded.embeddings.shape[0]
+        if cache.attention.empty() or (isinstance(cache.offset, int) and cache.offset == 0):
+            cache.ntk_alpha = self._alphas(embedded, cache.attention)
         return self._logits(embedded.embeddings, cache.offset, cache.ntk_alpha, cache, last_only)
+
+    def _alphas(self, embedded: Embedded, layer: Any) -> tuple[float, ...]:
+        """The NTK factor of each row, by the length of its whole prompt without padding."""
+        length = embedded.prompt_length or embedded.start + len(embedded)
+        padding = getattr(layer, "left_padding", None)  # of a batch: made from a list, nothing is waited for
+        if padding is None:
+            return (self.rope_key(length),) * len(embedded.embeddings)
+        return tuple(self.rope_key(length - width) for width in padding.tolist())
 
     def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
         hidden = self.language_model.model.wte(tokens)
