@@ -86,7 +86,7 @@ class Pages(http.server.BaseHTTPRequestHandler):
 def site(picture: Image.Image) -> Iterator[str]:
     handler = type("Handler", (Pages,), {"png": encoded(picture)})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
