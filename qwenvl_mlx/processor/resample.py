@@ -39,19 +39,22 @@ def strips(picture: Image.Image, width: int, height: int, step: int) -> Iterator
     """
     lost = picture.height - height
     if lost == 0:
-        yield from (_wide(picture, top, top + step, width) for top in range(0, height, step))
+        yield from (_wide(_band(picture, top, top + step), width) for top in range(0, height, step))
     elif lost > max(0, 2 * (picture.width - width)):
         for strip in _vertical(picture, picture.width, height, step):
-            yield _wide(Image.fromarray(strip), 0, step, width)
+            yield _wide(Image.fromarray(strip), width)
     else:
         yield from _vertical(picture, width, height, step)
 
 
-def _wide(picture: Image.Image, top: int, bottom: int, width: int) -> Bytes:
-    """Rows ``top`` to ``bottom`` resized in width: ``[bottom - top, width, 3]``."""
-    band = picture.crop((0, top, picture.width, bottom))
-    if width != picture.width:
-        band = band.resize((width, bottom - top), Image.Resampling.BICUBIC)
+def _band(picture: Image.Image, top: int, bottom: int) -> Image.Image:
+    return picture.crop((0, top, picture.width, bottom))
+
+
+def _wide(band: Image.Image, width: int) -> Bytes:
+    """A picture resized in width only: ``[height, width, 3]``."""
+    if width != band.width:
+        band = band.resize((width, band.height), Image.Resampling.BICUBIC)
     return np.asarray(band)
 
 
@@ -63,7 +66,7 @@ def _vertical(picture: Image.Image, width: int, height: int, step: int) -> Itera
     for top in range(0, height, step):
         first, last = int(taps.first[top]), int(taps.last[top + step - 1])
         if last > end:
-            fresh = _wide(picture, max(end, first), last, width).reshape(-1, width * 3)
+            fresh = _wide(_band(picture, max(end, first), last), width).reshape(-1, width * 3)
             rows = np.concatenate([rows[first - begin :], fresh])
         else:
             rows = rows[first - begin :]
