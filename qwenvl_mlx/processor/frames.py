@@ -17,6 +17,11 @@ from qwenvl_mlx.processor import picture
 from qwenvl_mlx.processor.fetch import load_image, local_path_or_bytes, name_of
 from qwenvl_mlx.processor.policy import FetchPolicy
 
+# Playlists, session descriptions and the like make FFmpeg open other files and URLs: only files that hold the video
+# themselves are read.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,m4v,av1,obu,ivf,wav"
+SAFE = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+
 
 class ShortVideo(Exception):
     """A file holds fewer frames than it announced; ``frames`` is how many came."""
@@ -108,7 +113,7 @@ class VideoFile(Frames):
     def open(cls, data: Path | bytes, name: str) -> VideoFile:
         av = _pyav()
         try:
-            with av.open(_stream(data)) as container:
+            with av.open(_stream(data), options=SAFE) as container:
                 stream = _video_stream(container, name)
                 total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
                 rate = stream.average_rate or stream.guessed_rate
@@ -120,7 +125,7 @@ class VideoFile(Frames):
         av = _pyav()
         wanted, position, decoded = list(indices), 0, 0
         try:
-            with av.open(_stream(self.data)) as container:
+            with av.open(_stream(self.data), options=SAFE) as container:
                 stream = _video_stream(container, self.name)
                 stream.thread_type = "AUTO"
                 for frame in container.decode(stream):
