@@ -27,6 +27,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/", "/health", "/docs", "/openapi.json"})
 """Readable without a key: they tell nothing about users or models."""
 
+PATIENCE = 4
+"""A body up to so many times the limit is received to its end, so that its sender learns what was wrong."""
+
 COUNTED_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 
 
@@ -94,7 +97,7 @@ class Guard:
         """The whole body, or None when the client has left."""
         limits = self.settings.limits
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared) > limits.body_bytes:
+        if declared.isdigit() and int(declared) > PATIENCE * limits.body_bytes:
             raise _too_large(limits.body_bytes)
         try:
             async with asyncio.timeout(limits.body_seconds):
@@ -109,13 +112,18 @@ class Guard:
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:
-    body = bytearray()
+    """A body that is too large is read on for a while: a client that is still sending sees no answer."""
+    body, seen = bytearray(), 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
-        if len(body) > limit:
+        seen += len(message.get("body", b""))
+        if seen <= limit:
+            body += message.get("body", b"")
+        else:
+            body.clear()
+        if seen > PATIENCE * limit or (seen > limit and not message.get("more_body")):
             raise _too_large(limit)
         if not message.get("more_body"):
             return bytes(body)

@@ -40,7 +40,10 @@ class ServerPolicy(FetchPolicy):
         """Both readings of a path that begins with ``~`` must be below an allowed folder."""
         super().check_file(path)
         for reading in {path, _expanded(path)}:
-            real = reading.resolve()
+            try:
+                real = reading.resolve()
+            except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
+                raise MediaError(f"the path of a picture or video can't be followed ({error})") from error
             if not any(real.is_relative_to(folder) for folder in self.folders):
                 raise MediaError(f"{path} is not below a folder given with --allow-media-path")
 

@@ -20,7 +20,7 @@ from qwenvl_mlx.config import read_json
 from qwenvl_mlx.engine import FinishEvent, GenerationOptions, Reply, TextEvent, Timings, Usage
 from qwenvl_mlx.engine.request import Listener, Request
 from qwenvl_mlx.engine.stops import StopStrings
-from qwenvl_mlx.errors import Busy
+from qwenvl_mlx.errors import Busy, PromptError
 from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.processor.base import Processor
 from qwenvl_mlx.processor.load import load_processor
@@ -84,6 +84,8 @@ class EchoEngine:
     def submit(self, prompt: Prompt, options: GenerationOptions, *, listener: Listener) -> Request:
         if self.active >= self.max_queue:
             raise Busy("1 request is waiting: try again later")
+        if len(prompt) >= self.model.context_length:
+            raise PromptError(f"the prompt has {len(prompt)} tokens")
         request = Request(prompt, options, listener)
         self.requests.append(request)
         self.active += 1
