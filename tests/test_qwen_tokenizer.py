@@ -12,7 +12,7 @@ import pytest
 from helpers import reference
 
 from qwenvl_mlx.errors import CheckpointError, PromptError
-from qwenvl_mlx.processor.qwen_tokenizer import IMAGE_TAGS, SPECIALS, QwenTokenizer, tokenizer_json
+from qwenvl_mlx.processor.qwen_tokenizer import CONTROLS, IMAGE_TAGS, SPECIALS, QwenTokenizer, tokenizer_json
 
 RANKS = 151643
 
@@ -105,13 +105,27 @@ def test_streamed_text_grows_as_in_the_reference(real: QwenTokenizer) -> None:
 
 def test_a_stream_of_any_tokens_equals_the_whole(tiny: QwenTokenizer) -> None:
     rng = random.Random(0)
+    controls = {tiny.id(name) for name in CONTROLS}
     images = {tiny.id(name) for name in ("<img>", "</img>", "<imgpad>")}
-    for skip in (True, False):
+    for skipped, skip_special in ((controls, True), (images, False)):
         for _ in range(100):
-            ids = [n for n in (rng.randrange(637) for _ in range(40)) if n not in images]
-            detokenizer = tiny.detokenizer(skip_special=skip)
-            text = "".join(map(detokenizer.add, ids)) + detokenizer.finish()
-            assert text == tiny.decode(ids, skip_special=skip, keep_tags=True)
+            ids = [rng.randrange(637) for _ in range(40)]
+            whole = tiny.decode([n for n in ids if n not in skipped], skip_special=False)
+            detokenizer = tiny.detokenizer(skip_special=skip_special)
+            fed = ids if skip_special else [n for n in ids if n not in images]
+            assert "".join(map(detokenizer.add, fed)) + detokenizer.finish() == whole
+
+
+def test_streamed_answers_equal_those_of_the_references_chat(tiny: QwenTokenizer) -> None:
+    """The reference drops the last token of an answer that did not end by itself, and strips."""
+    for case in golden("chat_tiny_chat"):
+        if "error" in case:
+            continue
+        ids = case["generated_ids"]
+        ended = tiny.im_end in ids
+        detokenizer = tiny.detokenizer()
+        text = "".join(map(detokenizer.add, ids if ended else ids[:-1])) + detokenizer.finish()
+        assert text.strip() == case["response"]
 
 
 def test_nothing_that_a_model_may_sample_breaks_a_stream(tiny: QwenTokenizer) -> None:

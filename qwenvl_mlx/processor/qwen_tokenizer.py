@@ -23,6 +23,7 @@ END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE_PAD = "<img>", "</img>", "<imgpad>"
 PLACE_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 IMAGE_TAGS = (*PLACE_TAGS, IMAGE_START, IMAGE_END, IMAGE_PAD)
+CONTROLS = frozenset({END_OF_TEXT, IM_START, IM_END, IMAGE_START, IMAGE_END, IMAGE_PAD})
 SPECIALS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{n}|>" for n in range(205)), *IMAGE_TAGS)
 
 
@@ -135,7 +136,7 @@ class QwenTokenizer:
         ``skip_special`` leaves out special tokens (a picture's path stays), with ``keep_tags`` those of places stay.
         Raises ``PromptError`` for ids that are no token and pictures that are not closed.
         """
-        kept = self._kept(skip_special=skip_special, keep_tags=keep_tags)
+        kept = frozenset(PLACE_TAGS if keep_tags else ()) if skip_special else frozenset(SPECIALS)
         try:
             return b"".join(self._decoded(ids, kept)).decode(errors=errors)
         except UnicodeDecodeError as error:
@@ -144,18 +145,16 @@ class QwenTokenizer:
             ) from error
 
     def detokenizer(self, *, skip_special: bool = True) -> ByteDetokenizer:
-        """Streams an answer. Nothing that a model may sample raises: ids without a token write nothing."""
-        kept = self._kept(skip_special=skip_special, keep_tags=True)
+        """Streams an answer. Nothing that a model may sample raises: ids without a token write nothing.
+
+        ``skip_special`` leaves out control tokens; unused ``<|extra_n|>`` are written as in the reference's chat.
+        """
+        kept = frozenset(SPECIALS) - (CONTROLS if skip_special else frozenset())
         last = self.end_of_text + len(SPECIALS)
         return ByteDetokenizer(lambda token: self._token_bytes(token, kept) if 0 <= token < last else b"")
 
     def _encode(self, text: str, specials: Iterable[str]) -> list[int]:
         return [number for piece in split(normal_form(text), specials) for number in self.encode_piece(piece)]
-
-    def _kept(self, *, skip_special: bool, keep_tags: bool) -> frozenset[str]:
-        if not skip_special:
-            return frozenset(SPECIALS)
-        return frozenset(PLACE_TAGS if keep_tags else ())
 
     def _decoded(self, ids: Sequence[int], kept: frozenset[str]) -> Iterator[bytes]:
         start, end = self._ids[IMAGE_START], self._ids[IMAGE_END]
