@@ -17,6 +17,7 @@ import numpy as np
 from qwenvl_mlx.engine import memory
 from qwenvl_mlx.engine.batch import Batch, Row
 from qwenvl_mlx.engine.kv import cache_maker
+from qwenvl_mlx.engine.lookup import Lookup
 from qwenvl_mlx.engine.options import EngineOptions
 from qwenvl_mlx.engine.prefill import Prefill
 from qwenvl_mlx.engine.prefix_cache import Ids, PrefixCache
@@ -145,7 +146,9 @@ class Loop:
         defaults, prompt = self._processor.defaults, request.prompt.input_ids
         sampler = Sampler(request.options, defaults, prompt, prefill.logits.size)
         self._remember(prefill.ids, prefill.rope_key, prefill.cache)
-        row = Row(prefill.sequence, sampler, prefill.ids, prefill.rope_key)
+        guessable = sampler.plain and request.options.logprobs is None and prefill.cache.trimmable
+        lookup = Lookup(prompt) if guessable and self._options.prompt_lookup else None
+        row = Row(prefill.sequence, sampler, prefill.ids, prefill.rope_key, lookup)
         lane = next((lane for lane in self._lanes if lane.takes(prefill.cache)), None)
         if lane is None:
             lane = Batch(self._model)
