@@ -20,18 +20,18 @@ PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
 @partial(mx.compile, shapeless=True)
 def _convolve(taps: Sequence[mx.array], weights: Sequence[mx.array]) -> mx.array:
-    """``silu(sum of tap * weight)``, in float32."""
+    """``silu(sum of tap * weight)``, in float32 and left so: the delta rule wants the digits."""
     total = mx.zeros((), mx.float32)
     for tap, weight in zip(taps, weights, strict=True):
         total = total + tap.astype(mx.float32) * weight
-    return (total * mx.sigmoid(total)).astype(taps[0].dtype)
+    return total * mx.sigmoid(total)
 
 
 @partial(mx.compile, shapeless=True)
 def _gate(x: mx.array, z: mx.array) -> mx.array:
-    """``x * silu(z)``, in float32."""
+    """``x * silu(z)``, in float32; then in z's type."""
     wide = z.astype(mx.float32)
-    return (x.astype(mx.float32) * wide * mx.sigmoid(wide)).astype(x.dtype)
+    return (x * wide * mx.sigmoid(wide)).astype(z.dtype)
 
 
 class GatedDeltaNet(nn.Module):

@@ -71,6 +71,8 @@ class Experts(nn.Module):
             return
         joined = switch.SwitchMLP(1, 1, 1, activation=Halves())
         joined.fc1, joined.fc2 = _join_outputs(split.gate_proj, split.up_proj), split.down_proj
+        if mx.default_device() == mx.cpu:
+            joined.set_dtype(mx.float32)  # MLX's gather_mm has no other type on CPUs
         self.switch_mlp = joined
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -78,9 +80,15 @@ class Experts(nn.Module):
         best = mx.argpartition(-logits, kth=self.top - 1, axis=-1)[..., : self.top]
         # a softmax over the best alone is the softmax over all, renormalised
         weights = mx.softmax(mx.take_along_axis(logits, best, axis=-1), axis=-1, precise=True)
-        outputs = self.switch_mlp(x, best)  # [B, L, top, hidden]
-        mixed: mx.array = (weights[..., None, :].astype(outputs.dtype) @ outputs).squeeze(-2)
+        outputs = self._experts(x, best)  # [B, L, top, hidden]
+        mixed: mx.array = (weights[..., None, :].astype(x.dtype) @ outputs).squeeze(-2)
         return mixed
+
+    def _experts(self, x: mx.array, best: mx.array) -> mx.array:
+        plain = "fc1" in self.switch_mlp and "scales" not in self.switch_mlp.fc1
+        wide = x.astype(self.switch_mlp.fc1.weight.dtype) if plain else x
+        outputs: mx.array = self.switch_mlp(wide, best).astype(x.dtype)
+        return outputs
 
 
 @partial(mx.compile, shapeless=True)

@@ -21,6 +21,8 @@ from qwenvl_mlx.models.base import Places, VisionLanguageModel
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The decoder's keys: nested under ``text_config``, or flat beside ``vision_config``."""
     text: Mapping[str, Any] = config.get("text_config") or config
+    if "num_local_experts" in text:  # how transformers 5 writes it
+        return {"num_experts": text["num_local_experts"], **text}
     return text
 
 
@@ -32,9 +34,13 @@ def vision_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"in_channels": vision.get("in_chans", 3), **vision}
 
 
-def tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output layer is the token embedding: the key may sit at either level."""
-    return bool(config.get("tie_word_embeddings") or text_section(config).get("tie_word_embeddings"))
+def tied(config: Mapping[str, Any], *, nested: bool = False) -> bool:
+    """Whether the output layer is the token embedding. The top level decides where it has the key.
+
+    ``nested``: the key under ``text_config`` counts all the same (Qwen2-VL and Qwen2.5-VL, as older files have it).
+    """
+    text = bool(text_section(config).get("tie_word_embeddings"))
+    return bool(config.get("tie_word_embeddings", text)) or (nested and text)
 
 
 class MRopeModel(VisionLanguageModel):

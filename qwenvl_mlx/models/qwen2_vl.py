@@ -110,7 +110,7 @@ class Model(MRopeModel):
         super().__init__(
             config,
             vision=VisionTower(vision),
-            decoder=decoder(text, tied=tied(config)),
+            decoder=decoder(text, tied=tied(config, nested=True)),
             text=text,
             rope=MRope.of(text_section(config), text.head_size, interleaved=False, defaults=ROPE),
             placeholders=Placeholders(
@@ -122,7 +122,7 @@ class Model(MRopeModel):
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
-        return to_mlx_layout(weights, channels=vision_section(config)["in_channels"], tied=tied(config))
+        return to_mlx_layout(weights, channels=vision_section(config)["in_channels"], tied=tied(config, nested=True))
 
 
 def decoder(config: DecoderConfig, *, tied: bool) -> Decoder:
