@@ -18,6 +18,7 @@ from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.media import Media
 from qwenvl_mlx.processor.frames import ShortVideo, VideoFile, open_frames
 from qwenvl_mlx.processor.patches import image_media, normalised_rows
+from qwenvl_mlx.processor.policy import FetchPolicy
 from qwenvl_mlx.processor.rules import CLIP_MEAN, CLIP_STD, HALF, PatchRules, VideoRules
 from qwenvl_mlx.processor.video import sample, video_media, with_request
 
@@ -152,7 +153,7 @@ def test_a_phones_upright_video_stands_upright(clip: Path) -> None:
 
 
 def test_a_video_that_breaks_off_gives_what_it_has(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = VideoFile.open(clip, "clip")
+    whole = VideoFile.open(clip, "clip", max_pixels=10**8)
     announced = replace(whole, total=400)
     with pytest.raises(ShortVideo):
         list(announced.take([0, 399]))
@@ -186,6 +187,20 @@ def test_bad_videos(source: Any, cure: str) -> None:
 def test_a_cut_off_file(clip: Path) -> None:
     with pytest.raises(MediaError, match="check that it is whole"):
         video_media(open_frames(clip.read_bytes()[:2000], fps=None), STD16)
+
+
+def test_a_playlist_opens_nothing_else(clip: Path, tmp_path: Path) -> None:
+    entry = f"#EXTINF:3,\nfile://{clip}\n"
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n{entry}#EXT-X-ENDLIST\n")
+    with pytest.raises(MediaError):
+        open_frames(tmp_path / "list.m3u8", fps=None)
+
+
+def test_frames_larger_than_the_policy_allows(clip: Path, tmp_path: Path) -> None:
+    for source in (clip, tmp_path / "a.gif"):
+        Image.new("RGB", (96, 64)).save(tmp_path / "a.gif")
+        with pytest.raises(MediaError, match="make it smaller"):
+            open_frames(source, fps=None, policy=FetchPolicy(max_pixels=1000))
 
 
 def test_sound_without_a_picture() -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 
 from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.processor import picture
@@ -20,7 +20,9 @@ from qwenvl_mlx.processor.policy import FetchPolicy
 # Playlists, session descriptions and the like make FFmpeg open other files and URLs: only files that hold the video
 # themselves are read.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,m4v,av1,obu,ivf,wav"
-SAFE = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+SAFE = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+
+ANIMATIONS = ("GIF", "WEBP", "PNG")
 
 
 class ShortVideo(Exception):
@@ -60,9 +62,10 @@ def open_frames(source: Any, *, fps: float | None, policy: FetchPolicy | None = 
         return Pictures("the given array", int(source.shape[0]), fps, True, source, policy)
     if isinstance(source, (list, tuple)):
         return Pictures("the list of frames", len(source), fps, True, source, policy)
+    policy = policy or FetchPolicy()
     found = local_path_or_bytes(source, policy=policy)
-    opened = Animation if _is_animation(found) else VideoFile
-    return opened.open(found, name_of(source))
+    kind = Animation if _is_animation(found) else VideoFile
+    return kind.open(found, name_of(source), max_pixels=policy.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,23 @@ class Animation(Frames):
     data: Path | bytes
 
     @classmethod
-    def open(cls, data: Path | bytes, name: str) -> Animation:
+    def open(cls, data: Path | bytes, name: str, *, max_pixels: int) -> Animation:
         try:
-            with Image.open(_stream(data)) as image:
+            with _stream(data) as file, Image.open(file, formats=ANIMATIONS) as image:
+                _check_size(image.width, image.height, name, max_pixels)
                 times = [_milliseconds(frame) for frame in ImageSequence.Iterator(image)]
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        except (Image.DecompressionBombError, *picture.UNREADABLE) as error:
             raise _unreadable(name, error) from error
         fps = len(times) / sum(times) * 1000 if sum(times) else None
         return cls(name, len(times), fps, False, data)
 
     def take(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         try:
-            with Image.open(_stream(self.data)) as image:
+            with _stream(self.data) as file, Image.open(file, formats=ANIMATIONS) as image:
                 for index in indices:
                     image.seek(index)
                     yield picture.upright_rgb(image)
-        except (OSError, SyntaxError, ValueError) as error:
+        except picture.UNREADABLE as error:
             raise _unreadable(self.name, error) from error
 
 
@@ -110,11 +114,12 @@ class VideoFile(Frames):
     data: Path | bytes
 
     @classmethod
-    def open(cls, data: Path | bytes, name: str) -> VideoFile:
+    def open(cls, data: Path | bytes, name: str, *, max_pixels: int) -> VideoFile:
         av = _pyav()
         try:
-            with av.open(_stream(data), options=SAFE) as container:
+            with _stream(data) as file, av.open(file, options=SAFE) as container:
                 stream = _video_stream(container, name)
+                _check_size(stream.width, stream.height, name, max_pixels)
                 total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
                 rate = stream.average_rate or stream.guessed_rate
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -125,7 +130,7 @@ class VideoFile(Frames):
         av = _pyav()
         wanted, position, decoded = list(indices), 0, 0
         try:
-            with av.open(_stream(self.data), options=SAFE) as container:
+            with _stream(self.data) as file, av.open(file, options=SAFE) as container:
                 stream = _video_stream(container, self.name)
                 stream.thread_type = "AUTO"
                 for frame in container.decode(stream):
@@ -177,9 +182,16 @@ def _is_animation(data: Path | bytes) -> bool:
     return start.startswith((b"GIF8", b"\x89PNG")) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
-def _stream(data: Path | bytes) -> Any:
-    """What both Pillow and FFmpeg open."""
-    return str(data) if isinstance(data, Path) else io.BytesIO(data)
+def _stream(data: Path | bytes) -> IO[bytes]:
+    return data.open("rb") if isinstance(data, Path) else io.BytesIO(data)
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise MediaError(
+            f"{name}: {width}x{height} pixels: more than {max_pixels // 1_000_000} megapixels are not decoded: "
+            "make it smaller"
+        )
 
 
 def _unreadable(name: str, error: Exception) -> MediaError:

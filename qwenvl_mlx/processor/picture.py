@@ -23,7 +23,7 @@ FORMATS = (
 )
 
 # What Pillow's decoders raise on bytes that are not what they promise.
-_UNREADABLE = (
+UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
     *(RuntimeError, MemoryError, struct.error, zlib.error),
 )
@@ -46,7 +46,7 @@ def decode(stream: IO[bytes], name: str, *, max_pixels: int) -> Image:
                 return upright_rgb(image)
     except Image.DecompressionBombError as error:
         raise MediaError(_too_large(name, max_pixels)) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         known_why = str(error) and not isinstance(error, UnidentifiedImageError)
         reason = f" ({str(error).splitlines()[0][:80]})" if known_why else ""
         raise MediaError(
@@ -66,7 +66,7 @@ def from_image(image: Image, *, max_pixels: int) -> Image:
         if image.format is not None:
             return upright_rgb(image)
         return image.copy() if image.mode == "RGB" else _rgb(image)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise MediaError(f"the given image can't be read ({error}): check that its file is whole") from error
 
 
@@ -147,7 +147,7 @@ def _upright(image: Image) -> Image:
     }
     try:
         turn = turns.get(image.getexif().get(_ORIENTATION, 1))
-    except _UNREADABLE:
+    except UNREADABLE:
         return image  # a damaged EXIF block does not make the picture worthless
     return image if turn is None else image.transpose(turn)
 
