@@ -203,6 +203,11 @@ def test_pictures_are_decoded_side_by_side(qwen3: HFProcessor, monkeypatch: pyte
         (IMAGE, [{"image": RED, "max_pixels": -1}], "above 0"),
         (IMAGE, [{"image": RED, "max_pixels": 10, "min_pixels": 20}], "swap them"),
         (IMAGE, [{"image": Image.new("RGB", (2001, 10))}], "crop it"),
+        (
+            VIDEO,
+            [{"video": str(reference("images/clip_96x64_16fps.mp4")), "nframes": 10**9}],
+            "1 to max_frames",
+        ),
     ],
 )
 def test_what_does_not_fit(qwen3: HFProcessor, text: str, parts: list[Any], cure: str) -> None:

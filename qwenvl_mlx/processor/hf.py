@@ -150,13 +150,10 @@ class HFProcessor(Processor):
     def _load(self, parts: Sequence[Mapping[str, Any] | Media], options: MediaOptions) -> list[Media]:
         """All media, several at a time; stops early when there are too many for the context."""
         media: list[Media] = []
-        load = partial(self._load_one, options=options)
         workers = min(len(parts), os.cpu_count() or 1, 8)
-        if workers < 2:
-            return [load(part) for part in parts]
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
             try:
-                for item in pool.map(load, parts):
+                for item in pool.map(partial(self._load_one, options=options), parts):
                     media.append(item)
                     self._check_length(sum(map(self._tokens, media)), media)
             finally:
@@ -180,7 +177,10 @@ class HFProcessor(Processor):
             fps=own.fps,
             max_frames=own.max_frames,
         )
-        return video_media(frames, rules, count=part.get("nframes"), max_tokens=self.context_length)
+        count = part.get("nframes")
+        if count is not None and not (isinstance(count, int) and 0 < count <= rules.max_frames):
+            raise MediaError(f"nframes is {count!r}: give a number from 1 to max_frames ({rules.max_frames})")
+        return video_media(frames, rules, count=count, max_tokens=self.context_length)
 
     def _tokens(self, media: Media) -> int:
         t, h, w = media.grid
