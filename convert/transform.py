@@ -15,18 +15,18 @@ from qwenvl_mlx.checkpoint import Source, Weights, open_checkpoint
 from qwenvl_mlx.checkpoint.files import some
 from qwenvl_mlx.checkpoint.loading import (
     DTYPES,
+    arrange,
+    build,
     cast_floating,
     check_names,
     mlx_dtype,
     module_settings,
     without_zero_biases,
 )
-from qwenvl_mlx.checkpoint.quantized import unpack
 from qwenvl_mlx.checkpoint.writing import Outline
 from qwenvl_mlx.convert.options import ConvertOptions, Settings
 from qwenvl_mlx.convert.recipe import Recipe, make_recipe, quantisable
 from qwenvl_mlx.errors import CheckpointError
-from qwenvl_mlx.models import model_class
 from qwenvl_mlx.models.base import VisionLanguageModel
 
 
@@ -56,8 +56,8 @@ def make_plan(folder: Path, config: Mapping[str, Any], options: ConvertOptions) 
     Raises ``ConfigError`` or ``CheckpointError``: whatever is wrong with names and shapes shows here, before anything
     is written.
     """
-    cls = model_class(config)
-    model = cls(config)
+    model = build(config)
+    cls = type(model)
     modules = quantisable(model)
     wanted = make_recipe(modules, options)
     parameters = frozenset(dict(tree_flatten(model.parameters())))
@@ -79,7 +79,7 @@ def make_plan(folder: Path, config: Mapping[str, Any], options: ConvertOptions) 
 def compute(plan: Plan, weights: Weights) -> Weights:
     """Tensors of one batch of the source -> those of the result; lazy."""
     dtype = mlx_dtype(plan.options.dtype)
-    weights = plan.cls.sanitize(unpack(weights, plan.config, dtype), plan.config)
+    weights = arrange(weights, plan.cls, plan.config, dtype)
     weights = without_zero_biases(weights, dict.fromkeys(plan.parameters))
     result: Weights = {}
     for name, array in weights.items():

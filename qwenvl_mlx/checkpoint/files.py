@@ -95,3 +95,9 @@ def some(names: list[str], limit: int = 8) -> str:
     """Up to ``limit`` names for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def brief(error: Exception) -> str:
+    """An error of a library in a few words of one line."""
+    text = " ".join(str(error).split())
+    return (text[:157] + "..." if len(text) > 160 else text) or type(error).__name__

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from qwenvl_mlx.checkpoint.files import some
+from qwenvl_mlx.checkpoint.files import brief, some
 from qwenvl_mlx.checkpoint.quantized import unpack
 from qwenvl_mlx.checkpoint.reading import Weights, open_checkpoint
 from qwenvl_mlx.config import one_of, read_json
@@ -20,6 +20,17 @@ from qwenvl_mlx.models import model_class
 from qwenvl_mlx.models.base import VisionLanguageModel
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# What Python and MLX raise when numbers, types or shapes from a damaged file meet.
+WRONG_VALUES = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "layers": 1000,
+    "depth": 1000,
+    "num_experts": 10_000,
+    "image_size": 8192,
+    "n_queries": 65_536,
+    "num_position_embeddings": 1 << 20,
+}
 # MLX's formats without biases, by (bits, group size).
 BIASLESS_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
 
@@ -32,13 +43,35 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Vision
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
-    cls = model_class(config)
-    model = cls(config)
-    weights = _read_sanitized(folder, cls, config, mlx_dtype(dtype))
+    model = build(config)
+    weights = _read_all(folder, type(model), config, mlx_dtype(dtype))
     fill(model, weights, folder)
     model.prepare()
     mx.eval(model.parameters())
     return model
+
+
+def build(config: Mapping[str, Any]) -> VisionLanguageModel:
+    """The model that ``config.json`` describes, its weights not computed; ``ConfigError`` when it describes none."""
+    _check_counts(config)
+    try:
+        return model_class(config)(config)
+    except WRONG_VALUES as error:
+        raise ConfigError(
+            f"config.json holds a value that no model can have ({brief(error)}): fetch it again"
+        ) from error
+
+
+def arrange(
+    weights: Weights, cls: type[VisionLanguageModel], config: Mapping[str, Any], dtype: mx.Dtype | None
+) -> Weights:
+    """Tensors as a checkpoint has them -> under the model's names, in its shapes, quantised modules in MLX's form."""
+    try:
+        return cls.sanitize(unpack(weights, config, dtype), config)
+    except WRONG_VALUES as error:
+        raise CheckpointError(
+            f"the tensors do not fit the model of config.json ({brief(error)}): fetch them again"
+        ) from error
 
 
 def mlx_dtype(name: str | None) -> mx.Dtype | None:
@@ -123,12 +156,21 @@ def module_settings(path: str, weights: Weights, inputs: int) -> dict[str, Any]:
     return {"bits": bits, "group_size": group, "mode": mode}
 
 
-def _read_sanitized(
+def _read_all(
     folder: Path, cls: type[VisionLanguageModel], config: Mapping[str, Any], dtype: mx.Dtype | None
 ) -> Weights:
     source = open_checkpoint(folder)
     weights: Weights = {}
     for batch in range(len(source)):
-        part = cls.sanitize(unpack(source.read(batch), config, dtype), config)
+        part = arrange(source.read(batch), cls, config, dtype)
         weights |= {name: cast_floating(name, array, cls, dtype) for name, array in part.items()}
     return weights
+
+
+def _check_counts(config: Mapping[str, Any]) -> None:
+    """A damaged number of layers or pixels must not keep the machine busy before it is found out."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_counts(value)
+        elif key in LARGEST and isinstance(value, int) and value > LARGEST[key]:
+            raise ConfigError(f"config.json: {key} = {value} is no number that a model has: fetch it again")

@@ -34,6 +34,8 @@ def unpack(weights: Weights, config: Mapping[str, Any], dtype: mx.Dtype | None =
     in MLX's form, passes unchanged.
     """
     settings = config.get("quantization_config") or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError("config.json: quantization_config is no object: fetch it again")
     method = settings.get("quant_method")
     if method is None:
         return weights

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from qwenvl_mlx.checkpoint.files import refuse_pointer
+from qwenvl_mlx.checkpoint.files import brief, refuse_pointer
 from qwenvl_mlx.errors import CheckpointError
 
 # Bytes of one value, for the types that MLX reads (F8 ones as uint8).
@@ -45,7 +45,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     try:
         return cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}): fetch it again") from error
+        raise CheckpointError(f"{path} can't be read ({brief(error)}): fetch it again") from error
 
 
 def check_header(path: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}): fetch it again") from error
+        raise CheckpointError(f"{path} has a damaged header ({brief(error)}): fetch it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is no JSON object: fetch it again")
     header.pop("__metadata__", None)
@@ -104,7 +104,7 @@ def _check_ranges(path: Path, header: dict[str, Any], size: int) -> None:
 def _entry_range(path: Path, name: str, entry: Any) -> tuple[int, int]:
     entry = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if kind not in ITEM_SIZES:
+    if not isinstance(kind, str) or kind not in ITEM_SIZES:
         raise CheckpointError(f"{path}: {name} has values of type {str(kind)[:40]}, which MLX can't hold")
     if not _sizes(shape, LARGEST_DIMENSION) or not _sizes(offsets, 2**62) or len(offsets) != 2:
         raise CheckpointError(f"{path}: {name} has a damaged entry in the header: fetch the file again")

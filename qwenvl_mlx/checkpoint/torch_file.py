@@ -13,7 +13,7 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from qwenvl_mlx.checkpoint.files import refuse_pointer
+from qwenvl_mlx.checkpoint.files import brief, refuse_pointer
 from qwenvl_mlx.checkpoint.pickles import PickleError, Storage, StoredTensor, tensors_of
 from qwenvl_mlx.errors import CheckpointError
 
@@ -21,6 +21,8 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, …, length of the name, leng
 LARGEST_PICKLE = 256 << 20
 RESAVE = "open it once with torch and save it again: torch.save(torch.load(f, weights_only=True), f)"
 ITEM_SIZES = {"bfloat16": 2}
+# What zipfile raises, besides its own error, when numbers in an archive are wrong.
+DAMAGED = (zipfile.BadZipFile, RuntimeError, ValueError, ArithmeticError, struct.error, EOFError, OSError)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def scan_torch(path: Path) -> dict[str, TorchTensor]:
             struct.error,
             EOFError,
         ) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}): fetch it again") from error
+            raise CheckpointError(
+                f"{path} is truncated or damaged ({brief(error)}): fetch it again"
+            ) from error
 
 
 def _check_magic(path: Path, file: BinaryIO) -> None:
@@ -144,12 +148,12 @@ def _data_begin(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """Where the bytes of a stored entry begin; all of them must lie within the file."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise CheckpointError(f"{path} is compressed or encrypted, which torch never does: {RESAVE}")
-    file.seek(entry.header_offset)
+    file.seek(max(entry.header_offset, 0))
     header = file.read(LOCAL_HEADER.size)
     if len(header) == LOCAL_HEADER.size and header.startswith(b"PK\x03\x04"):
         _, name, extra = LOCAL_HEADER.unpack(header)
         begin: int = entry.header_offset + LOCAL_HEADER.size + name + extra
-        if begin + entry.file_size <= os.fstat(file.fileno()).st_size:
+        if entry.header_offset >= 0 and begin + entry.file_size <= os.fstat(file.fileno()).st_size:
             return begin
     raise CheckpointError(f"{path} is truncated or damaged at {entry.filename[:80]!r}: fetch it again")
 
