@@ -27,8 +27,10 @@ from qwenvl_mlx.layers.dynamic_ntk import Rotary, ntk_alpha
 from qwenvl_mlx.layers.positions import resample_table
 from qwenvl_mlx.media import Features, Media, Prompt
 from qwenvl_mlx.models.qwen_vl import Model
+from qwenvl_mlx.sizes import SIZES
 
 LOGITS = 1e-3
+IM_END = 422
 ACTIVATIONS = 2e-4  # goldens of activations are rounded to 15 bits
 
 SINGLE = ["text", "img1", "img2", "cross", "img_long"]
@@ -82,6 +84,22 @@ def test_logits_of_a_prompt_of_its_cached_continuation_and_greedy_tokens(name: s
     if "greedy_ids" in golden:
         logits, state = prefill(net, asked)
         assert greedy(net, logits, state, 32) == golden["greedy_ids"].tolist()
+
+
+CHATS = json.loads(reference("qwen_vl/goldens/chat_tiny_chat.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "golden", [chat for chat in CHATS if "context_ids" in chat], ids=lambda chat: chat["query"]
+)
+def test_answers_of_the_reference_chat(golden: dict[str, Any]) -> None:
+    """Whole conversations, several pictures, long histories. A last <|endoftext|> is forced after <|im_end|>."""
+    net = model("tiny_chat")
+    runs = [[item] if isinstance(item, int) else [item[0]] * item[1] for item in golden["context_ids"]]
+    wanted = golden["generated_ids"]
+    wanted = wanted[:-1] if wanted[-2:] == [IM_END, IM_END - 2] else wanted
+    logits, state = prefill(net, prompt(net, [token for run in runs for token in run]))
+    assert greedy(net, logits, state, len(wanted)) == [wanted]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -486,3 +504,14 @@ def test_sanitize_is_pure_lazy_and_idempotent() -> None:
     assert list(Model.sanitize(packed, config)) == [
         f"language_model.model.h.0.mlp.w1.{kind}" for kind in ("weight", "scales", "biases")
     ]
+
+
+def test_the_published_size() -> None:
+    """Weights are made lazily, so that counting 19 GB costs nothing."""
+    net = Model(SIZES["Qwen-VL-Chat"])
+    counted = {name: array.size for name, array in tree_flatten(net.parameters())}
+    vision = sum(size for name, size in counted.items() if name.startswith("vision_tower."))
+    assert (vision, sum(counted.values())) == (1_935_610_624, 9_656_935_168)
+    assert net.rope_key(2048) == 1
+    assert net.rope_key(2049) == 3
+    assert net.context_length == 8192
