@@ -29,9 +29,10 @@ def patch_angles(grid: Grid, merge: int, head_size: int) -> Angles:
     """2-D rotary angles: the first half of a head's pairs turns with the row, the second with the column."""
     pairs = head_size // 4
     exponent = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
-    speeds = mx.array(1 / np.float32(10000) ** exponent)
-    axes = [mx.array(np.tile(axis, grid[0]), mx.float32)[:, None] * speeds for axis in places(grid, merge)]
-    return Angles.of(mx.concatenate(axes, axis=-1))  # [patches, head_size / 2]
+    speeds = 1 / np.float32(10000) ** exponent
+    positions = np.stack(places(grid, merge), axis=-1).astype(np.int32)  # [patches of a frame, 2]
+    positions = np.tile(positions.repeat(pairs, axis=1), (grid[0], 1))
+    return Angles.of(mx.array(positions), np.tile(speeds, 2), head_size)
 
 
 @dataclass(frozen=True, eq=False)

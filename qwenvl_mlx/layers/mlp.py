@@ -77,7 +77,7 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         logits = self.gate(x)
-        best = mx.argpartition(-logits, kth=self.top - 1, axis=-1)[..., : self.top]
+        best = mx.argpartition(logits, kth=-self.top, axis=-1)[..., -self.top :]
         # a softmax over the best alone is the softmax over all, renormalised
         weights = mx.softmax(mx.take_along_axis(logits, best, axis=-1), axis=-1, precise=True)
         outputs = self._experts(x, best)  # [B, L, top, hidden]

@@ -21,20 +21,28 @@ from qwenvl_mlx.errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class Angles:
-    """Cosines and sines ``[..., 1, 1, dims/2]`` of the angle of each pair, for every token, float32."""
+    """What turns the heads of every token: ``x * cos + partner * sin``.
+
+    ``cos``, ``sin``: float32 ``[..., 1, runs, dims/2]``; the first run's sines are negative, those of runs that are not
+    rotated zero. ``leads``: bool ``[runs, 1]``, True for the first run, whose partner is the second.
+    """
 
     cos: mx.array
     sin: mx.array
+    leads: mx.array
 
     @classmethod
-    def of(cls, angles: mx.array) -> Angles:
-        """``angles``: ``[..., dims/2]``, one row for each token."""
-        angles = angles[..., None, None, :]
-        return cls(mx.cos(angles), mx.sin(angles))
+    def of(cls, positions: mx.array, speeds: np.ndarray[Any, np.dtype[np.float32]], head_size: int) -> Angles:
+        """``positions``: ``[..., dims/2]`` or ``[..., 1]``, a row for each token; ``speeds``: radians a position."""
+        half = len(speeds)
+        sign = np.zeros((2 if head_size % half else head_size // half, 1), np.float32)
+        sign[:2, 0] = -1, 1
+        positions = mx.expand_dims(positions, (-3, -2))  # [..., 1, 1, dims/2]
+        return cls(*_tables(positions, mx.array(speeds), mx.array(sign)), mx.array(sign < 0))
 
     def take(self, index: mx.array) -> Angles:
         """The tokens in another order."""
-        return Angles(self.cos[index], self.sin[index])
+        return Angles(self.cos[index], self.sin[index], self.leads)
 
     def turn(self, x: mx.array, weight: mx.array | None = None) -> mx.array:
         """Rotate ``[..., heads, size]`` in float32, after a product with ``weight`` ``[heads, size]`` in x's dtype."""
@@ -43,27 +51,32 @@ class Angles:
             x = x if weight is None else x * weight
             return mx.concatenate([self.turn(x[..., : 2 * half]), x[..., 2 * half :]], axis=-1)
         runs = x.reshape(*x.shape[:-1], -1, half)  # [..., heads, runs, half]
-        run = mx.arange(runs.shape[-2])[:, None]
         if weight is None:
-            out = _turn(*_halves(runs), self.cos, self.sin, run)
+            out = _turn(*_views(runs), self.cos, self.sin, self.leads)
         else:
-            out = _scale_and_turn(
-                *_halves(runs), *_halves(weight.reshape(runs.shape[-3:])), self.cos, self.sin, run
-            )
+            weights = _views(weight.reshape(runs.shape[-3:]))
+            out = _scale_and_turn(*_views(runs), *weights, self.cos, self.sin, self.leads)
         return out.reshape(x.shape)
 
 
-def _halves(runs: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _views(runs: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """All runs, the first and the second."""
     return runs, runs[..., 0:1, :], runs[..., 1:2, :]
 
 
 @partial(mx.compile, shapeless=True)
+def _tables(positions: mx.array, speeds: mx.array, sign: mx.array) -> tuple[mx.array, mx.array]:
+    """``sign``: -1, 1, and 0 for runs that are not rotated."""
+    angles = positions.astype(mx.float32) * speeds
+    return mx.where(sign == 0, 1.0, mx.cos(angles)), sign * mx.sin(angles)
+
+
+@partial(mx.compile, shapeless=True)
 def _turn(
-    x: mx.array, first: mx.array, second: mx.array, cos: mx.array, sin: mx.array, run: mx.array
+    x: mx.array, first: mx.array, second: mx.array, cos: mx.array, sin: mx.array, leads: mx.array
 ) -> mx.array:
-    partner = mx.where(run == 0, -second, first).astype(mx.float32)
-    turned = x.astype(mx.float32) * cos + partner * sin
-    return mx.where(run < 2, turned.astype(x.dtype), x)
+    partner = mx.where(leads, second, first).astype(mx.float32)
+    return (x.astype(mx.float32) * cos + partner * sin).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -76,22 +89,22 @@ def _scale_and_turn(
     weight_second: mx.array,
     cos: mx.array,
     sin: mx.array,
-    run: mx.array,
+    leads: mx.array,
 ) -> mx.array:
-    x_scaled = (x * weight).astype(x.dtype)
-    partner = mx.where(run == 0, -second * weight_second, first * weight_first).astype(x.dtype)
-    turned = x_scaled.astype(mx.float32) * cos + partner.astype(mx.float32) * sin
-    return mx.where(run < 2, turned.astype(x.dtype), x_scaled)
+    scaled = (x * weight).astype(x.dtype).astype(mx.float32)
+    partner = mx.where(leads, second * weight_second, first * weight_first).astype(x.dtype).astype(mx.float32)
+    return (scaled * cos + partner * sin).astype(x.dtype)
 
 
 @dataclass(frozen=True)
 class MRope:
     """Rotary positions on three axes (time, height, width): which axis turns which pair, and how fast.
 
-    ``dims``: rotated dimensions of a head; ``sections``: pairs of each axis; ``interleaved``: Qwen3's order of them
+    ``size``: of a head; ``dims``: how many of its dimensions are rotated; ``sections``: pairs of each axis; ``interleaved``: Qwen3's order of them
     (t h w t h w …) instead of Qwen2's chunks (t… h… w…).
     """
 
+    size: int
     dims: int
     theta: float
     sections: tuple[int, ...]
@@ -102,11 +115,11 @@ class MRope:
         if positions.ndim == 2:
             positions = positions[:, None]
         each = mx.take(positions, mx.array(self.axes()), axis=0)  # [dims/2, B, L]
-        return Angles.of(each.transpose(1, 2, 0).astype(mx.float32) * mx.array(self.speeds()))
+        return Angles.of(each.transpose(1, 2, 0), self.speeds(), self.size)
 
     def text(self, positions: mx.array) -> Angles:
         """Angles of text, where the axes agree: positions ``[B, L]``."""
-        return Angles.of(positions[..., None].astype(mx.float32) * mx.array(self.speeds()))
+        return Angles.of(positions[..., None], self.speeds(), self.size)
 
     def speeds(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Radians a position, of each pair; float32 from the start, as the reference computes them."""
@@ -139,4 +152,4 @@ class MRope:
             raise ConfigError(
                 f"config.json: mrope_section {list(sections)} must divide the {dims // 2} pairs of a head into three"
             )
-        return cls(dims, float(raw["rope_theta"]), sections, interleaved)
+        return cls(head_size, dims, float(raw["rope_theta"]), sections, interleaved)
