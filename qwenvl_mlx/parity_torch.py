@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qwenvl_mlx.errors import CheckpointError, GenerationError
 from qwenvl_mlx.media import Media, Prompt
-from qwenvl_mlx.models.base import VisionLanguageModel
+from qwenvl_mlx.models.base import Places
 from qwenvl_mlx.models.qwen_vl import PIXEL_MEAN, PIXEL_STD
 from qwenvl_mlx.parity import KEPT, Stages
 
@@ -22,28 +22,26 @@ FLAGS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # of the ori
 
 
 def run_transformers(
-    folder: Path, model: VisionLanguageModel, prompt: Prompt, tokens: list[int], dtype: str
+    folder: Path, prompt: Prompt, places: Sequence[Places], tokens: list[int], dtype: str
 ) -> Stages:
     """Qwen2-VL and later, by the classes of transformers. ``tokens`` follow the prompt, all in one forward pass."""
     torch = importlib.import_module("torch")
     reference = _pretrained("AutoModelForImageTextToText", folder, dtype=getattr(torch, dtype))
     core = reference.model.language_model
-    inputs = _inputs(torch, reference, model, prompt, tokens, dtype)
+    inputs = _inputs(torch, reference, prompt, places, tokens, dtype)
     return _run(torch, reference, (core.layers, core.norm), inputs, len(prompt), tokens)
 
 
 def run_hub_code(
-    folder: Path, model: VisionLanguageModel, prompt: Prompt, tokens: list[int], dtype: str
+    folder: Path, prompt: Prompt, places: Sequence[Places], tokens: list[int], dtype: str
 ) -> Stages:
     """The original Qwen-VL, by the Python files in its folder, which read pictures by the path in the prompt."""
-    if model.rope_key(len(prompt)) != model.rope_key(len(prompt) + len(tokens)):
-        raise GenerationError("the answer crosses a length where positions change: use fewer --max-tokens")
     torch = importlib.import_module("torch")
     options = {"trust_remote_code": True, "torch_dtype": getattr(torch, dtype), FLAGS[dtype]: True}
     reference = _pretrained("AutoModelForCausalLM", folder, **options)
     core = reference.transformer
     with tempfile.TemporaryDirectory(prefix="qwen") as place:
-        ids = torch.tensor([_with_paths(model, prompt, Path(place)) + tokens])
+        ids = torch.tensor([_with_paths(prompt, places, Path(place)) + tokens])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         return _run(torch, reference, (core.h, core.ln_f), inputs, len(prompt), tokens)
 
@@ -86,15 +84,15 @@ def _tapped(modules: Sequence[Any]) -> Iterator[list[Any]]:
 def _inputs(
     torch: Any,
     reference: Any,
-    model: VisionLanguageModel,
     prompt: Prompt,
+    places: Sequence[Places],
     tokens: list[int],
     dtype: str,
 ) -> dict[str, Any]:
     ids = torch.tensor([prompt.input_ids + tokens])
     kinds = np.zeros(ids.shape, np.int64)  # 0 text, 1 picture, 2 video
-    for item, places in zip(prompt.media, model.media_places(prompt.input_ids, prompt.media), strict=True):
-        kinds[0, places] = 2 if item.kind == "video" else 1
+    for item, place in zip(prompt.media, places, strict=True):
+        kinds[0, place] = 2 if item.kind == "video" else 1
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     inputs["mm_token_type_ids"] = torch.tensor(kinds)
     vision = reference.config.vision_config
@@ -126,21 +124,20 @@ def _rows(item: Media, vision: Any) -> NDArray[np.float32]:
     return np.ascontiguousarray(rows.reshape(len(rows), -1), np.float32)
 
 
-def _with_paths(model: Any, prompt: Prompt, place: Path) -> list[int]:
+def _with_paths(prompt: Prompt, places: Sequence[Places], folder: Path) -> list[int]:
     """The prompt's ids, the slots of each picture filled with the bytes of a path where it is written to."""
     from PIL import Image
 
-    ids, pad = list(prompt.input_ids), model.vision.image_start_id + 2
-    for index, (item, slots) in enumerate(
-        zip(prompt.media, model.media_places(ids, prompt.media), strict=True)
-    ):
-        path = place / f"{index}.png"
+    ids = list(prompt.input_ids)
+    for index, (item, slots) in enumerate(zip(prompt.media, places, strict=True)):
+        path = folder / f"{index}.png"
         Image.fromarray(_picture(item)).save(path)
         content = list(str(path).encode())
         if len(content) > len(slots) - 2:
             raise GenerationError(
-                f"{place} is too long a path for the original Qwen-VL: set TMPDIR to a short one"
+                f"{folder} is too long a path for the original Qwen-VL: set TMPDIR to a short one"
             )
+        pad = ids[slots[0] - 1] + 2  # <img> is followed by </img> and <imgpad>
         ids[slots[0] : slots[-1] + 1] = content + [pad] * (len(slots) - len(content))
     return ids
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qwenvl_mlx.media import Prompt
-    from qwenvl_mlx.models.base import VisionLanguageModel
+    from qwenvl_mlx.models.base import Places, VisionLanguageModel
     from qwenvl_mlx.parity import Stages
 
 # Largest difference, as a part of the stage's root mean square: tiny checkpoints of every generation stay below 1e-4
@@ -90,28 +90,59 @@ def _work(args: argparse.Namespace) -> int:
     original = args.against is not None and _is_original(args)
     cli.use_device(args.device)
     from qwenvl_mlx import parity
-    from qwenvl_mlx.api import load, load_model
     from qwenvl_mlx.media import media_kinds
 
     dtype = args.dtype or "float32"
     if args.golden:
         prompt, theirs = parity.read_golden(args.golden)
-        model = load_model(args.model, dtype=dtype)
-        ours = parity.run_mlx(model, prompt, theirs.tokens)
+        ours = _ours(args, dtype, prompt, theirs.tokens)
     else:
         from qwenvl_mlx.parity_torch import run_hub_code, run_transformers
 
-        model, processor = load(args.model, dtype=dtype)
-        prompt = processor([{"role": "user", "content": _content(args)}])
-        ours = parity.run_mlx(model, prompt, args.max_tokens)
+        ours = _ours(args, dtype, None, args.max_tokens)
         reference = run_hub_code if original else run_transformers
-        theirs = reference(Path(args.against), model, prompt, ours.tokens, dtype)
+        theirs = reference(Path(args.against), ours.prompt, ours.places, ours.stages.tokens, dtype)
     if args.save:
-        parity.write_golden(args.save, prompt, theirs)
-    rows = list(compare(ours, theirs, model, prompt, dtype))
-    print(f"{args.model}: {len(prompt)} tokens, {media_kinds(prompt.media)}, {dtype}")
+        parity.write_golden(args.save, ours.prompt, theirs)
+    rows = list(compare(ours, theirs, dtype))
+    print(f"{args.model}: {len(ours.prompt)} tokens, {media_kinds(ours.prompt.media)}, {dtype}")
     print(table(rows))
     return int(any(row.failed for row in rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Ours:
+    """MLX's side. ``places``: which tokens each picture takes; ``vision`` and ``language``: bits where quantised."""
+
+    prompt: Prompt
+    stages: Stages
+    places: list[Places]
+    vision: int | None
+    language: int | None
+
+    @classmethod
+    def of(cls, model: VisionLanguageModel, prompt: Prompt, follow: int | list[int]) -> Ours:
+        """Run the prompt; see ``parity.run_mlx``."""
+        from qwenvl_mlx.parity import run_mlx
+
+        count = follow if isinstance(follow, int) else len(follow)
+        if model.rope_key(len(prompt)) != model.rope_key(len(prompt) + count):
+            raise GenerationError(
+                "the answer crosses a length where positions change: use fewer --max-tokens"
+            )
+        places = model.media_places(prompt.input_ids, prompt.media)
+        stages = run_mlx(model, prompt, follow)
+        return cls(prompt, stages, places, bits(model.vision_tower), bits(model.language_model))
+
+
+def _ours(args: argparse.Namespace, dtype: str, prompt: Prompt | None, follow: int | list[int]) -> Ours:
+    """The model leaves memory with the end of this function: PyTorch's may need all of it."""
+    from qwenvl_mlx.api import load, load_model
+
+    if prompt is not None:
+        return Ours.of(load_model(args.model, dtype=dtype), prompt, follow)
+    model, processor = load(args.model, dtype=dtype)
+    return Ours.of(model, processor([{"role": "user", "content": _content(args)}]), follow)
 
 
 def _is_original(args: argparse.Namespace) -> bool:
@@ -151,27 +182,25 @@ def bits(part: nn.Module) -> int | None:
     return min(found, default=None)
 
 
-def compare(
-    ours: Stages, theirs: Stages, model: VisionLanguageModel, prompt: Prompt, dtype: str
-) -> Iterator[Row]:
+def compare(ours: Ours, theirs: Stages, dtype: str) -> Iterator[Row]:
     """One row for the features of each picture, the embeddings, each layer, the logits, the tokens.
 
     Stages behind quantised weights are shown without a verdict: the distribution of answers is judged instead.
     """
-    quantised = bits(model.language_model)
-    seen, limit = (None if part else LIMITS[dtype] for part in (bits(model.vision_tower), quantised))
-    for index, place in enumerate(model.media_places(prompt.input_ids, prompt.media)):
-        yield _row(f"features {index + 1}", ours.states[0][place], theirs.states[0][place], seen)
-    for index, (mine, reference) in enumerate(zip(ours.states, theirs.states, strict=True)):
-        yield _row(f"layer {index}" if index else "embeddings", mine, reference, limit)
-    decoded = len(ours.tokens)
+    mine, reference = ours.stages, theirs
+    vision, limit = (None if packed else LIMITS[dtype] for packed in (ours.vision, ours.language))
+    for index, place in enumerate(ours.places):
+        yield _row(f"features {index + 1}", mine.states[0][place], reference.states[0][place], vision)
+    for index, (state, wanted) in enumerate(zip(mine.states, reference.states, strict=True)):
+        yield _row(f"layer {index}" if index else "embeddings", state, wanted, limit)
+    decoded = len(mine.tokens)
     for stage, rows in (
         ("logits, prompt", slice(None, -decoded)),
         ("logits, decoded", slice(-decoded, None)),
     ):
-        yield _row(stage, ours.logits[rows], theirs.logits[rows], limit)
-    yield _divergence(ours, theirs, dtype, quantised or bits(model.vision_tower))
-    yield _tokens(ours, theirs, limit)
+        yield _row(stage, mine.logits[rows], reference.logits[rows], limit)
+    yield _divergence(mine, reference, dtype, ours.language or ours.vision)
+    yield _tokens(mine, reference, limit)
 
 
 def _row(stage: str, ours: NDArray[np.float32], theirs: NDArray[np.float32], limit: float | None) -> Row:

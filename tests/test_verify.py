@@ -49,18 +49,15 @@ def small_prompt(config: dict[str, Any]) -> Prompt:
     return Prompt(ids, media)
 
 
-def rows_of(model: Any, prompt: Prompt, ours: Any, theirs: Any) -> list[verify.Row]:
-    return list(verify.compare(ours, theirs, model, prompt, "float32"))
-
-
 @needs_torch
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_parity_with_transformers(checkpoint: str) -> None:
     folder = reference(checkpoint)
     prompt = small_prompt(json.loads((folder / "config.json").read_text()))
     model = load_model(folder, "float32")
-    ours = run_mlx(model, prompt, 6)
-    rows = rows_of(model, prompt, ours, run_transformers(folder, model, prompt, ours.tokens, "float32"))
+    ours = verify.Ours.of(model, prompt, 6)
+    theirs = run_transformers(folder, prompt, ours.places, ours.stages.tokens, "float32")
+    rows = list(verify.compare(ours, theirs, "float32"))
     print(verify.table(rows))
     assert not any(row.failed for row in rows)
     assert {"features 1", "features 2", "embeddings", "layer 1", "logits, decoded"} <= {
@@ -148,8 +145,9 @@ def test_configurations_that_no_checkpoint_has(
     media = [Media("image", np.random.default_rng(0).integers(0, 256, (3, size, size), np.uint8), (1, 1, 1))]
     ids = np.random.default_rng(1).integers(300, 400, length).tolist()
     prompt = Prompt([*ids, start, *[0] * slots, start + 1, *ids], media)
-    ours = run_mlx(model, prompt, 3)
-    rows = rows_of(model, prompt, ours, run_hub_code(hub_folder, model, prompt, ours.tokens, "float32"))
+    ours = verify.Ours.of(model, prompt, 3)
+    theirs = run_hub_code(hub_folder, prompt, ours.places, ours.stages.tokens, "float32")
+    rows = list(verify.compare(ours, theirs, "float32"))
     print(verify.table(rows))
     assert not any(row.failed for row in rows)
 
@@ -186,7 +184,7 @@ def test_a_quantised_model_is_judged_by_its_answers(tmp_path: Path) -> None:
     prompt, theirs = parity.read_golden(golden_file(folder, tmp_path))
     model = load_model(folder, "float32")
     nn.quantize(model.language_model, group_size=32, bits=8)
-    rows = rows_of(model, prompt, run_mlx(model, prompt, theirs.tokens), theirs)
+    rows = list(verify.compare(verify.Ours.of(model, prompt, theirs.tokens), theirs, "float32"))
     assert [row.stage for row in rows if row.limit is not None] == ["features 1", "features 2", "divergence"]
     assert not any(row.failed for row in rows)
 
