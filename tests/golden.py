@@ -5,9 +5,7 @@ A golden holds what the PyTorch code computed in float32 with the same weights: 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 from helpers import reference
 
+from qwenvl_mlx.checkpoint import load_model
 from qwenvl_mlx.layers.batch import left_pad
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Embedded, Media, Prompt
-from qwenvl_mlx.models import model_class
 from qwenvl_mlx.models.mrope import MRopeModel
 
 LAST = 12  # a golden holds the logits of this many last positions
@@ -92,36 +90,9 @@ class Case:
         return prompts
 
 
-def load(folder: str, dtype: mx.Dtype = mx.float32) -> MRopeModel:
-    """A tiny checkpoint of the reference data, with all floating weights as ``dtype``."""
-    return load_folder(reference(folder), dtype)
-
-
-def load_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> MRopeModel:
-    config = json.loads((folder / "config.json").read_text())
-    weights: dict[str, mx.array] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= mx.load(str(file))
-    return build(config, weights, dtype)
-
-
-def build(config: dict[str, Any], weights: dict[str, mx.array], dtype: mx.Dtype = mx.float32) -> MRopeModel:
-    cls = model_class(config)
-    model = cls(config)
-    weights = cls.sanitize(weights, config)
-    settings = config.get("quantization")
-    if settings:
-        nn.quantize(
-            model,
-            group_size=settings["group_size"],
-            bits=settings["bits"],
-            class_predicate=lambda path, module: f"{path}.scales" in weights,
-        )
-    floats = {
-        name: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for name, w in weights.items()
-    }
-    model.load_weights(list(floats.items()), strict=True)
-    model.prepare()
+def load(folder: str, dtype: str = "float32") -> MRopeModel:
+    """A tiny checkpoint of the reference data."""
+    model = load_model(reference(folder), dtype=dtype)
     assert isinstance(model, MRopeModel)
     return model
 
