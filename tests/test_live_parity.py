@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from benchmarks.parity_table import (
     GENERATIONS,
     Pair,
@@ -21,7 +22,6 @@ from benchmarks.parity_table import (
     torch_logits,
     torch_model,
 )
-
 from qwenvl_mlx.checkpoint import load_model
 from qwenvl_mlx.media import Prompt
 
