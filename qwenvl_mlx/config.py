@@ -16,22 +16,36 @@ from typing import Any, TypeVar
 from qwenvl_mlx.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
+KINDS = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}  # annotations that are checked
 
 
 def from_dict(cls: type[T], raw: Mapping[str, Any], *, where: str = "config.json") -> T:
-    """Build the dataclass ``cls`` from the keys of ``raw`` that it names. ``where`` goes into error messages."""
+    """Build the dataclass ``cls`` from the keys of ``raw`` that it names; null is as good as absent.
+
+    Raises ``ConfigError`` for a key that is missing or of another type than its field; ``where`` goes into the message.
+    """
     fields = [field for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    values = {field.name: _frozen(raw[field.name]) for field in fields if raw.get(field.name) is not None}
     missing = [
         field.name
         for field in fields
-        if field.name not in raw
+        if field.name not in values
         and field.default is dataclasses.MISSING
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}: is this the folder of a whole checkpoint?")
-    values = {field.name: _frozen(raw[field.name]) for field in fields if field.name in raw}
+    for field in fields:
+        if field.name in values:
+            _check_type(field, values[field.name], where)
     return cls(**values)
+
+
+def _check_type(field: dataclasses.Field[Any], value: Any, where: str) -> None:
+    names = [name.strip() for name in str(field.type).split("|")]
+    kinds = {kind for name in names for kind in KINDS.get(name, ())}
+    if kinds and type(value) not in kinds:
+        raise ConfigError(f"{where}: {field.name} = {value!r} must be {' or '.join(names)}")
 
 
 def one_of(value: Any, known: Iterable[Any], *, key: str, where: str = "config.json") -> None:

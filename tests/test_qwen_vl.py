@@ -469,6 +469,8 @@ def test_prompts_and_pictures_that_do_not_fit() -> None:
         ({"no_bias": "some"}, "no_bias"),
         ({"use_logn_attn": "auto"}, "use_logn_attn"),
         ({"rotary_pct": 1.5}, "rotary_pct"),
+        ({"seq_length": "2048"}, "seq_length = '2048' must be int"),
+        ({"visual": 3}, "mlx-lm"),
         ({"kv_channels": 64}, "kv_channels"),
         ({"vocab_size": None}, "vocab_size"),
         ({"visual.n_queries": 15}, "n_queries"),

@@ -58,8 +58,6 @@ class Config:
     def __post_init__(self) -> None:
         one_of(self.tie_word_embeddings, [False], key="tie_word_embeddings")
         one_of(self.scale_attn_weights, [True], key="scale_attn_weights")
-        for key in ("no_bias", "use_dynamic_ntk", "use_logn_attn"):
-            one_of(getattr(self, key), [True, False], key=key)
         if self.kv_channels * self.num_attention_heads != self.hidden_size:
             raise ConfigError("config.json: kv_channels * num_attention_heads must be hidden_size")
         if not 0 < self.rotary_pct <= 1 or self.rotary_dims % 2 or self.rotary_dims < 4:
@@ -172,7 +170,7 @@ class Model(VisionLanguageModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        if "visual" not in config:
+        if not isinstance(config.get("visual"), Mapping):
             raise ConfigError("this checkpoint is the text-only Qwen: run it with mlx-lm (mlx_lm.generate)")
         self.config = from_dict(Config, config)
         self.vision: VisionConfig = vision_config(config["visual"])
