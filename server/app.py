@@ -4,44 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 import pydantic_core
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute, APIRouter
 from starlette.responses import Response
 
 from qwenvl_mlx import __version__
-from qwenvl_mlx.server import chat, completions, errors, schema
+from qwenvl_mlx.server import chat, completions, errors, pages, schema
 from qwenvl_mlx.server.errors import ApiError
 from qwenvl_mlx.server.guard import Guard
 from qwenvl_mlx.server.respond import unless_gone
 from qwenvl_mlx.server.settings import Settings
 from qwenvl_mlx.server.shelf import Shelf
 from qwenvl_mlx.server.state import State
-
-PAGE_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'unsafe-inline'",
-        "style-src 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "media-src data: blob:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    )
-)
-PAGE_HEADERS = {
-    "Content-Security-Policy": PAGE_POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 class StrictRequest(Request):
@@ -87,7 +66,8 @@ def create_app(shelf: Shelf, settings: Settings | None = None) -> FastAPI:
     app.state.server = state
     errors.install(app)
     app.include_router(_api(state))
-    app.include_router(_pages(state))
+    app.include_router(_about(state))
+    app.include_router(pages.make_router())
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -126,16 +106,8 @@ def _api(state: State) -> APIRouter:
     return router
 
 
-def _pages(state: State) -> APIRouter:
+def _about(state: State) -> APIRouter:
     router = APIRouter()
-
-    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(_file("page.html"), headers=PAGE_HEADERS)
-
-    @router.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(_file("docs.html"), headers=PAGE_HEADERS)
 
     @router.get("/health")
     async def health() -> JSONResponse:
@@ -167,7 +139,3 @@ def _gauges(shelf: Shelf) -> dict[str, dict[str, float]]:
 
 def _model(name: str, state: State) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": state.shelf.started, "owned_by": "qwenvl-mlx"}
-
-
-def _file(name: str) -> str:
-    return files("qwenvl_mlx.server").joinpath(name).read_text(encoding="utf-8")
