@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 import pytest
-from helpers import DATA
+from helpers import DATA, reference
 from openai import OpenAI
 from serving import EchoEngine, chat_checkpoint, echo_shelf, file_server, processor_of, serving
 
@@ -462,6 +462,78 @@ def test_an_answer_of_the_assistant_is_continued(told: OpenAI, echo: EchoEngine)
     assert chat(told, messages=messages).choices[0].message.content == "two"
     text = echo.processor.tokenizer.decode(echo.requests[-1].prompt.input_ids, skip_special=False)
     assert text.endswith("<|im_start|>assistant\nOne, say:two")
+
+
+# -- the original Qwen-VL ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original() -> Iterator[tuple[OpenAI, EchoEngine]]:
+    engine = EchoEngine(processor_of(reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32")))
+    with serving(echo_shelf(engine)) as url:
+        yield OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0), engine
+
+
+REACT = 'say:Thought: I should.\nAction: get_weather\nAction Input: {"city": "Paris"}\nObservation: 99'
+
+
+def prompt_of(engine: EchoEngine) -> str:
+    return engine.processor.tokenizer.decode(engine.requests[-1].prompt.input_ids, skip_special=False)
+
+
+def test_the_original_calls_functions_in_react(original: tuple[OpenAI, EchoEngine]) -> None:
+    client, engine = original
+    legacy = chat(client, REACT, functions=[WEATHER["function"]], max_tokens=99).choices[0]
+    assert legacy.finish_reason == "function_call"
+    assert legacy.message.content == "Thought: I should."
+    assert json.loads(legacy.message.function_call.arguments) == {"city": "Paris"}
+    assert "You have access to the following APIs:\n\nget_weather: Call this tool" in prompt_of(engine)
+    modern = chat(client, REACT, tools=[WEATHER], max_tokens=99).choices[0]
+    assert modern.finish_reason == "tool_calls"
+    assert modern.message.tool_calls[0].function.name == "get_weather"
+    final = chat(client, "say:Thought: Fine.\nFinal Answer: 21 degrees", tools=[WEATHER], max_tokens=99)
+    assert final.choices[0].message.content == "21 degrees"
+    chunks = list(chat(client, REACT, tools=[WEATHER], max_tokens=99, stream=True))
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert calls[0].function.name == "get_weather"
+    assert json.loads("".join(call.function.arguments for call in calls)) == {"city": "Paris"}
+
+
+def test_the_original_goes_on_after_a_result(original: tuple[OpenAI, EchoEngine]) -> None:
+    client, engine = original
+    call = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "get_weather", "content": "21"},
+    ]
+    chat(client, messages=messages, functions=[WEATHER["function"]])
+    assert prompt_of(engine).endswith(
+        "assistant\nThought: I can use get_weather.\nAction: get_weather\n"
+        'Action Input: {"city": "Paris"}\nObservation: 21\nThought:'
+    )
+
+
+def test_the_originals_boxes(original: tuple[OpenAI, EchoEngine]) -> None:
+    client, _ = original
+    picture = {"type": "image", "image": data_uri("rgb_97x61.png")}
+    text = {"type": "text", "text": "say:<ref>dog</ref><box>(100,200),(500,1000)</box>"}
+    message = (
+        chat(client, messages=[{"role": "user", "content": [picture, text]}], max_tokens=99)
+        .choices[0]
+        .message
+    )
+    assert message.model_extra["boxes"] == [{"points": [[9, 12], [48, 61]], "label": "dog", "image": 0}]
+
+
+def test_a_call_can_be_demanded_of_the_original(original: tuple[OpenAI, EchoEngine]) -> None:
+    client, _ = original
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    reply = chat(client, 'say: {"city": "Rome"}', tools=[WEATHER], tool_choice=choice, max_tokens=99).choices[
+        0
+    ]
+    # The echo repeats the beginning that was written for it; the call must be there all the same.
+    assert reply.message.tool_calls[0].function.name == "get_weather"
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
