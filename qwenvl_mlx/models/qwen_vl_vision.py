@@ -176,13 +176,14 @@ class Resampler(nn.Module):
         self.attn = PoolAttention(config)
 
     def prepare(self) -> None:
+        """Tables of this picture size. They are cast where they are used, so that ``set_dtype`` may follow."""
         self._key_positions = resample_table(self.positions, self._patches)
         self._query = self.attn.q_proj(self.ln_q(self.query) + self.positions)
         mx.eval(self._key_positions, self._query)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.ln_kv(self.kv_proj(x) if "kv_proj" in self else x)  # [patches, output_dim]
-        return self.attn(self._query, x + self._key_positions, x)
+        return self.attn(self._query.astype(x.dtype), x + self._key_positions.astype(x.dtype), x)
 
 
 class VisionTower(nn.Module):
@@ -206,7 +207,8 @@ class VisionTower(nn.Module):
             block.attn.prepare()
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        x = self.ln_pre(self.conv1(pixels) + self._patch_positions)  # [patches, width]
+        x = self.conv1(pixels)  # [patches, width]
+        x = self.ln_pre(x + self._patch_positions.astype(x.dtype))
         x = self.attn_pool(self.transformer(x))
         return self.proj(self.ln_post(x))
 
