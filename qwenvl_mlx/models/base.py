@@ -42,8 +42,8 @@ class VisionLanguageModel(nn.Module, ABC):
         """Whether this parameter stays in float32 whatever type the rest of the model is loaded in."""
         return False
 
-    def prepare(self) -> None:  # noqa: B027  # a generation without such layouts needs nothing here
-        """Called once after the weights are loaded: join weights, compute tables. Layouts made here are never stored."""
+    def prepare(self) -> None:  # a generation without such layouts needs nothing here
+        """Called once after loading: join weights, compute tables. Layouts made here are never stored."""
 
     @abstractmethod
     def encode(self, media: Sequence[Media]) -> list[Features]:
