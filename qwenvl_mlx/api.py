@@ -13,6 +13,7 @@ from qwenvl_mlx.engine import Engine, EngineOptions, Event, GenerationOptions, R
 from qwenvl_mlx.engine.engine import Question
 from qwenvl_mlx.errors import GenerationError
 from qwenvl_mlx.models.base import VisionLanguageModel
+from qwenvl_mlx.processor.bare import BareProcessor
 from qwenvl_mlx.processor.base import MediaOptions, Processor
 from qwenvl_mlx.processor.load import load_processor
 
@@ -37,7 +38,7 @@ def load_model(path: Path, dtype: str | None = None) -> VisionLanguageModel:
 
 def generate(
     model: VisionLanguageModel,
-    processor: Processor,
+    processor: Processor | None,
     messages_or_prompt: Question,
     *,
     max_tokens: int | None = 256,
@@ -45,6 +46,8 @@ def generate(
     **options: Any,
 ) -> Reply:
     """Answer one prompt: messages, a plain question, or a ``Prompt``.
+
+    Without a processor (None) only a ``Prompt`` will do, and the reply has tokens but no text.
 
     ``options``: the fields of ``GenerationOptions``, ``MediaOptions`` and ``EngineOptions``, and ``tools`` and
     ``template`` of the processor. For more than one question about the same pictures keep an ``Engine``: it remembers
@@ -58,7 +61,7 @@ def generate(
 
 def stream(
     model: VisionLanguageModel,
-    processor: Processor,
+    processor: Processor | None,
     messages_or_prompt: Question,
     *,
     max_tokens: int | None = 256,
@@ -73,7 +76,7 @@ def stream(
 
 
 def _engine(
-    model: VisionLanguageModel, processor: Processor, options: dict[str, Any]
+    model: VisionLanguageModel, processor: Processor | None, options: dict[str, Any]
 ) -> tuple[Engine, dict[str, Any]]:
     """Sort named options by whom they belong to; ``GenerationError`` for a name that nobody knows."""
     if isinstance(options.get("stop"), str):
@@ -84,7 +87,7 @@ def _engine(
     engine_options = EngineOptions(**_fields_of(EngineOptions, options))
     if options:
         raise GenerationError(f"{', '.join(options)}: not an option of generation; see GenerationOptions")
-    return Engine(model, processor, engine_options), arguments
+    return Engine(model, processor or BareProcessor(), engine_options), arguments
 
 
 def _fields_of(kind: type, options: dict[str, Any]) -> dict[str, Any]:

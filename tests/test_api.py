@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from golden import CLEAR, Case
 from helpers import reference
 
 from qwenvl_mlx import Engine, Prompt, generate, load, load_model, stream
 from qwenvl_mlx.engine import EngineOptions, FinishEvent, GenerationOptions
-from qwenvl_mlx.errors import GenerationError
+from qwenvl_mlx.errors import GenerationError, PromptError
 
 FOLDERS = {"qwen2_vl": "tiny-hub", "qwen3_vl": "tiny", "qwen3_5": "tiny"}
 CASES = ["text", "image1", "image_video", "batch_mixed"]
@@ -77,3 +78,15 @@ def test_unknown_options_are_named(loaded: tuple[str, Any, Any]) -> None:
 def test_load_model_needs_no_tokenizer() -> None:
     model = load_model(reference("qwen3_vl/tiny"), dtype="bfloat16")
     assert model.context_length > 0
+
+
+def test_a_prompt_needs_no_processor() -> None:
+    folder = reference("qwen_vl/ckpt/tiny_hd128")  # has no tokenizer
+    golden = np.load(reference("qwen_vl/goldens/model_tiny_hd128.npz"))
+    model = load_model(folder, dtype="float32")
+    ids = golden["text/ids"][0].tolist()
+    reply = generate(model, None, Prompt(ids), max_tokens=32)
+    assert reply.tokens == golden["text/greedy_ids"][0].tolist()
+    assert reply.text == ""
+    with pytest.raises(PromptError, match="no tokenizer"):
+        generate(model, None, "Hello")
