@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qwenvl_mlx.errors import PromptError
+from qwenvl_mlx.errors import MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
@@ -87,6 +87,8 @@ class FakeModel(VisionLanguageModel):
         return weights
 
     def encode(self, media: Sequence[Media]) -> list[Features]:
+        if any(item.kind == "video" for item in media):
+            raise MediaError("this model takes no videos")
         self.encoded += [item.digest for item in media]
         return [Features(3.0 * self.patch(mx.array(item.patches))) for item in media]
 
@@ -227,10 +229,10 @@ class FakeProcessor(Processor):
         return []
 
 
-def picture(seed: int = 0, patches: int = 6) -> Media:
-    """A picture of random patches; each patch is one token."""
+def picture(seed: int = 0, patches: int = 6, *, kind: str = "image") -> Media:
+    """A picture of random patches; each patch is one token. Videos make the model fail."""
     rows = np.random.default_rng(seed).standard_normal((patches, PATCH)).astype(np.float32)
-    return Media("image", rows, (1, 1, patches))
+    return Media(kind, rows, (1, 1, patches))
 
 
 def ask(text: str, *pictures: Media) -> list[Message]:

@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply, Request, TextEvent
-from qwenvl_mlx.errors import PromptError
+from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.media import Prompt
 
 NO_SPECIALS = dict.fromkeys((256, 257, 258), -100.0)
@@ -114,10 +114,10 @@ def test_cancelled_and_failed_requests_leave_the_others_alone(model: FakeModel) 
         for prompt, options in work:
             requests.append(engine.submit(prompt, options))
             engine.submit("cancelled at once", GenerationOptions(max_tokens=100)).cancel()
-            bad = engine.submit(Prompt([65, 66], [picture()]), options)
+            bad = engine.submit(ask("a video?", picture(kind="video")), options)
         for request, single in zip(requests, wanted, strict=True):
             assert request.result().tokens == single.tokens
-        with pytest.raises(PromptError):
+        with pytest.raises(MediaError):
             bad.result()
 
 

@@ -21,7 +21,7 @@ from qwenvl_mlx.engine import (
     Request,
     TextEvent,
 )
-from qwenvl_mlx.errors import Busy, GenerationError, PromptError
+from qwenvl_mlx.errors import Busy, GenerationError, MediaError, PromptError
 from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.processor.base import GenerationDefaults
 
@@ -132,9 +132,11 @@ def test_leaving_a_stream_cancels_its_request(engine: Engine) -> None:
 
 
 def test_a_bad_request_fails_alone(engine: Engine) -> None:
-    bad = Prompt([65, 66, 67], [picture()])  # a picture without placeholders
-    with pytest.raises(PromptError, match="differ"):
-        engine.generate(bad, options())
+    with pytest.raises(PromptError, match="differ"):  # a picture without placeholders
+        engine.submit(Prompt([65, 66, 67], [picture()]), options())
+    request = engine.submit(ask("what?", picture(kind="video")), options())
+    with pytest.raises(MediaError, match="no videos"):
+        request.result()
     assert len(engine.generate("still here?", options(max_tokens=3)).tokens) == 3
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -11,12 +14,15 @@ import mlx.core as mx
 
 from qwenvl_mlx.engine.events import Event, Reply
 from qwenvl_mlx.engine.loop import Loop
+from qwenvl_mlx.engine.memory import EXPECTED_ANSWER, MemoryPlan, picture_size
 from qwenvl_mlx.engine.options import EngineOptions, GenerationOptions
 from qwenvl_mlx.engine.request import Listener, Request
 from qwenvl_mlx.errors import Busy, GenerationError, PromptError
 from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.models.base import VisionLanguageModel
 from qwenvl_mlx.processor.base import MediaOptions, Message, Processor
+
+log = logging.getLogger(__name__)
 
 Question = Prompt | str | Sequence[Message]
 
@@ -35,7 +41,8 @@ class Engine:
         self.options = options or EngineOptions()
         self.context_length = min(model.context_length, self.options.max_kv_size or model.context_length)
         mx.eval(model)  # weights and tables: another thread can't evaluate what this one left lazy
-        self._loop = Loop(model, processor, self.options, self.context_length)
+        self._plan = MemoryPlan(model, self.options.kv_bits)
+        self._loop = Loop(model, processor, self.options, self._plan, self.context_length)
         self._thread = threading.Thread(target=self._loop.run, name="qwenvl-engine", daemon=True)
         self._lock = threading.Lock()
         self._closed = False
@@ -48,11 +55,33 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """Messages, or a plain question, as a Prompt; a Prompt passes as it is."""
+        """Messages, or a plain question, as a Prompt; a Prompt passes as it is.
+
+        Pictures that the memory does not allow are reduced, unless ``media`` says how large they may be.
+        """
         if isinstance(question, Prompt):
             return question
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        return self.processor(messages, tools=tools, options=media, template=template)
+
+        def make(options: MediaOptions) -> Prompt:
+            return self.processor(messages, tools=tools, options=options, template=template)
+
+        options = media or MediaOptions()
+        prompt = make(options)
+        return prompt if options.max_pixels else self._reduced(prompt, options, make)
+
+    def _reduced(
+        self, prompt: Prompt, options: MediaOptions, make: Callable[[MediaOptions], Prompt]
+    ) -> Prompt:
+        """The same with smaller pictures, where they don't fit the memory and nobody said how large they must be."""
+        for _ in range(3):
+            share = self._plan.share(prompt, EXPECTED_ANSWER)
+            if share == 1 or not prompt.media:
+                break
+            width, height = max(map(picture_size, prompt.media), key=math.prod)
+            log.warning("pictures are reduced to %d %% of their area: memory", 100 * share)
+            prompt = make(replace(options, max_pixels=max(int(width * height * share), 1)))
+        return prompt
 
     def submit(
         self,
@@ -64,13 +93,15 @@ class Engine:
         template: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
     ) -> Request:
-        """Queue a request and return at once. Raises ``PromptError``, ``MediaError``, ``Busy``.
+        """Queue a request and return at once. Raises ``PromptError``, ``MediaError``, ``Busy``, ``OutOfMemory``.
 
         ``media``, ``tools`` and ``template`` are for the processor; ``listener`` see ``Request``.
         """
         prompt = self.prompt(question, media=media, tools=tools, template=template)
+        options = options or GenerationOptions()
         self._check(prompt)
-        request = Request(prompt, options or GenerationOptions(), listener)
+        self._plan.check(prompt, options.max_tokens or EXPECTED_ANSWER)
+        request = Request(prompt, options, listener)
         with self._lock:
             if self._closed or self._loop.fault:
                 raise GenerationError("the engine is closed: make a new one")

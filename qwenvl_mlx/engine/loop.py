@@ -18,6 +18,7 @@ from qwenvl_mlx.engine import memory
 from qwenvl_mlx.engine.batch import Batch, Row
 from qwenvl_mlx.engine.kv import cache_maker
 from qwenvl_mlx.engine.lookup import Lookup
+from qwenvl_mlx.engine.memory import MemoryPlan
 from qwenvl_mlx.engine.options import EngineOptions
 from qwenvl_mlx.engine.prefill import Prefill
 from qwenvl_mlx.engine.prefix_cache import Ids, PrefixCache
@@ -39,11 +40,17 @@ class Loop:
     """Requests in, events out. ``run`` is the thread's whole life."""
 
     def __init__(
-        self, model: VisionLanguageModel, processor: Processor, options: EngineOptions, context: int
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        options: EngineOptions,
+        plan: MemoryPlan,
+        context: int,
     ) -> None:
         self._model = model
         self._processor = processor
         self._options = options
+        self._plan = plan
         self._context = context
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
@@ -108,7 +115,7 @@ class Loop:
 
     def _read(self) -> None:
         """One slice of the prompt that is being read, or the beginning of the next one."""
-        if self._prefill is None and self._waiting and self._answering < self._options.max_batch:
+        if self._prefill is None and self._waiting and self._admits(self._waiting[0]):
             self._begin(self._waiting.popleft())
         if self._prefill is None:
             return
@@ -126,6 +133,18 @@ class Loop:
         if not unfinished:
             prefill, self._prefill = self._prefill, None
             self._join(prefill)
+
+    def _admits(self, request: Request) -> bool:
+        """Whether there is a place and memory for one more. What is only remembered makes room."""
+        if self._answering >= self._options.max_batch:
+            return False
+        running = [row.sequence.request for lane in self._lanes for row in lane.rows]
+        needs = sum(self._needs(one) for one in [*running, request])
+        self.prefixes.shrink(max(self._plan.free - needs, 0))
+        return not running or needs <= self._plan.free
+
+    def _needs(self, request: Request) -> int:
+        return self._plan.needs(request.prompt, request.options.max_tokens or memory.EXPECTED_ANSWER)
 
     def _begin(self, request: Request) -> None:
         room = self._context - len(request.prompt)

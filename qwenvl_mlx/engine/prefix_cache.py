@@ -89,7 +89,11 @@ class PrefixCache:
             if covered and (cache.trimmable or len(old.ids) == len(ids)):
                 del self._entries[name]
         self._entries[next(self._names)] = entry
-        while self._entry_bytes > self.budget * (1 - FEATURE_SHARE):
+        self.shrink(int(self.budget * (1 - FEATURE_SHARE)))
+
+    def shrink(self, count: int) -> None:
+        """Forget the oldest entries until the KV rows take no more than ``count`` bytes."""
+        while self._entry_bytes > count:
             self._entries.popitem(last=False)
 
     def features(self, digest: str) -> Features | None:

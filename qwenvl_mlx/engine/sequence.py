@@ -13,6 +13,7 @@ from qwenvl_mlx.engine.events import (
     TokenLogprob,
     Usage,
 )
+from qwenvl_mlx.engine.memory import picture_size
 from qwenvl_mlx.engine.request import Request
 from qwenvl_mlx.engine.stops import StopStrings
 from qwenvl_mlx.processor.base import Processor
@@ -93,6 +94,7 @@ class Sequence:
             boxes=self._processor.boxes(text, prompt),
             logprobs=self._logprobs,
             prompt_token_ids=prompt.input_ids,
+            picture_sizes=[picture_size(media) for media in prompt.media],
         )
 
     def _timings(self) -> Timings:

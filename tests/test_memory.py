@@ -1,0 +1,134 @@
+"""What does not fit is refused or made smaller before work starts, and requests wait for memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeModel, FakeProcessor, ask, picture
+
+from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, memory
+from qwenvl_mlx.engine.kv import cache_maker, kv_cost
+from qwenvl_mlx.engine.memory import MemoryPlan, picture_size, working_set
+from qwenvl_mlx.errors import GenerationError, OutOfMemory
+from qwenvl_mlx.media import Media, Prompt
+from qwenvl_mlx.models import model_class
+from qwenvl_mlx.processor.base import MediaOptions, Message
+from qwenvl_mlx.sizes import SIZES
+
+ROW = 2 * 2 * 64 * 4  # bytes a token: two layers, keys and values, width, float32
+
+
+def allow(monkeypatch: pytest.MonkeyPatch, model: FakeModel, free: int) -> None:
+    """Let the machine have so much beside the model."""
+    weights = MemoryPlan(model, None, 0).weights
+    monkeypatch.setattr(memory, "working_set", lambda: weights + free)
+
+
+def test_cost_of_a_token_is_that_of_the_cache() -> None:
+    assert kv_cost(FakeModel(), None).token == ROW
+    assert kv_cost(FakeModel(), 8).token == pytest.approx(ROW * (8 + 64 / 64) / 32)
+    hybrid = kv_cost(FakeModel(hybrid=True), None)
+    assert (hybrid.token, hybrid.fixed) == (ROW, 64 * 4)
+
+
+def test_kv_bits_that_do_not_fit_the_heads_are_refused() -> None:
+    with pytest.raises(GenerationError, match="kv_bits"):
+        cache_maker(FakeModel(width=48), 8)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeModel()
+    allow(monkeypatch, model, 100 * ROW)
+    options = GenerationOptions(max_tokens=10, ignore_eos=True)
+    with Engine(model, FakeProcessor()) as engine:
+        assert engine.generate("x" * 60, options).finish_reason == "length"
+        with pytest.raises(OutOfMemory, match="max_pixels"):
+            engine.submit("x" * 200, options)
+
+
+class Resizing(FakeProcessor):
+    """Pictures have as many patches of four pixels as ``max_pixels`` allows, 150 at most."""
+
+    def __call__(
+        self, messages: Sequence[Message], *, options: MediaOptions | None = None, **more: Any
+    ) -> Prompt:
+        limit = options.max_pixels if options and options.max_pixels else 600
+        self.limits = [*getattr(self, "limits", []), options.max_pixels if options else None]
+        return super().__call__(ask("what?", picture(1, min(limit // 4, 150))), options=options)
+
+
+def test_pictures_are_reduced_to_what_fits_unless_their_size_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = FakeModel(), Resizing()
+    allow(monkeypatch, model, 100 * ROW)
+    monkeypatch.setattr("qwenvl_mlx.engine.engine.EXPECTED_ANSWER", 10)
+    options = GenerationOptions(max_tokens=10, ignore_eos=True)
+    with Engine(model, processor) as engine:
+        reply = engine.generate(ask("what?"), options)
+        assert reply.usage.prompt_tokens <= 90
+        assert reply.picture_sizes == [(2 * (reply.usage.prompt_tokens - 11), 2)]
+        with pytest.raises(OutOfMemory):
+            engine.submit(ask("what?"), options, media=MediaOptions(max_pixels=600))
+
+
+def test_requests_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeModel()
+    allow(monkeypatch, model, 250 * ROW)
+    options = GenerationOptions(max_tokens=50, ignore_eos=True)
+    most = 0
+    plain = FakeModel.decode
+
+    def counting(self: FakeModel, tokens: Any, cache: Any) -> Any:
+        nonlocal most
+        most = max(most, tokens.shape[0])
+        return plain(self, tokens, cache)
+
+    monkeypatch.setattr(FakeModel, "decode", counting)
+    with Engine(model, FakeProcessor()) as engine:
+        requests = [engine.submit("x" * 50 + str(number), options) for number in range(5)]
+        assert all(len(request.result().tokens) == 50 for request in requests)
+    assert most == 2  # 2 x (58 + 50) rows fit, three don't
+
+
+def test_what_is_remembered_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeModel()
+    allow(monkeypatch, model, 200 * ROW)
+    with Engine(model, FakeProcessor(), EngineOptions(cache_bytes=10**9)) as engine:
+        for number in range(6):
+            engine.generate(str(number) * 100, GenerationOptions(max_tokens=50, ignore_eos=True))
+            assert engine._loop.prefixes.nbytes <= 400 * ROW
+
+
+def test_weights_and_activations_of_true_shapes() -> None:
+    config = SIZES["Qwen2.5-VL-7B"]
+    plan = MemoryPlan(model_class(config)(config), None, 10**12)
+    small, large = (_picture(side) for side in (32, 128))
+    needs = [plan.needs(prompt, 0) for prompt in (small, large)]
+    assert needs[0] < 5e8
+    assert needs[1] > 16 * needs[0]
+    assert plan.share(large, 0) == 1
+    tight = MemoryPlan(model_class(config)(config), None, plan.weights + needs[1] // 2)
+    assert 0.3 < tight.share(large, 0) < 0.8
+    with pytest.raises(OutOfMemory):
+        tight.check(large, 0)
+    tight.check(small, 0)
+
+
+def _picture(side: int) -> Prompt:
+    item = Media("image", np.zeros((side * side, 3 * 2 * 14 * 14), np.uint8), (1, side, side))
+    return Prompt([151655] * (side * side // 4), [item])
+
+
+def test_sizes_of_pictures() -> None:
+    rows = np.zeros((6, 3 * 14 * 14), np.uint8)
+    assert picture_size(Media("image", rows, (1, 2, 3))) == (42, 28)
+    assert picture_size(Media("image", np.zeros((6, 3 * 2 * 16 * 16), np.uint8), (1, 2, 3))) == (48, 32)
+    assert picture_size(Media("image", np.zeros((3, 448, 448), np.uint8), (1, 32, 32))) == (448, 448)
+
+
+def test_the_machine_has_memory() -> None:
+    assert working_set() > 10**8
