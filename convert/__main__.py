@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qwenvl_mlx import cli
-from qwenvl_mlx.convert.options import BITS, DTYPES, GROUP_SIZES, MODES, RECIPES
+from qwenvl_mlx.convert.options import BITS, DTYPES, GROUP_SIZES, MODES, RECIPES, REPORTS
+
+if TYPE_CHECKING:
+    from qwenvl_mlx.convert.quality import Quality
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="BITS",
         help="quantise the vision tower too (default: 8 bits)",
     )
+    add(
+        "--q-report",
+        choices=REPORTS,
+        default="auto",
+        help="full: load source and result and compare them; auto: small ones (default); weights: never",
+    )
     add("--upload-repo", metavar="OWNER/NAME", help="upload the result to this Hugging Face repository")
     return parser
 
@@ -63,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 def _convert(args: argparse.Namespace) -> None:
     from qwenvl_mlx.convert.run import convert
 
-    target = convert(
+    result = convert(
         args.hf_path,
         args.mlx_path,
         quantize=args.quantize,
@@ -72,12 +82,25 @@ def _convert(args: argparse.Namespace) -> None:
         q_mode=args.q_mode,
         q_recipe=args.q_recipe,
         q_vision=args.q_vision,
+        q_report=args.q_report,
         dtype=args.dtype,
         dequantize=args.dequantize,
         revision=args.revision,
         upload_repo=args.upload_repo,
     )
-    print(target)
+    print(result.folder)
+    if result.quality.errors:
+        print_quality(result.quality)
+
+
+def print_quality(quality: Quality) -> None:
+    """The report in a few lines; all of it is in ``quality.json``."""
+    for what, value in quality.rows():
+        print(f"  {what}: {value}")
+    worst = ", ".join(f"{path} {error:.2%}" for path, error in quality.worst(3))
+    print(f"  largest relative errors: {worst}")
+    if quality.note:
+        print(f"  ({quality.note})")
 
 
 if __name__ == "__main__":

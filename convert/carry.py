@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
-from qwenvl_mlx.checkpoint.writing import sync
+from qwenvl_mlx.checkpoint.writing import write_bytes
 from qwenvl_mlx.processor.qwen_tokenizer import tokenizer_json
 
 CARRIED = (
@@ -36,10 +36,10 @@ def carry_over(source: Path, folder: Path) -> None:
     """Copy the small files, and give the original Qwen-VL's vocabulary its ``tokenizer.json``."""
     for pattern in CARRIED:
         for path in sorted(source.glob(pattern)):
-            _write(folder / path.name, path.read_bytes())
+            write_bytes(folder / path.name, path.read_bytes())
     tiktoken = source / "qwen.tiktoken"
     if tiktoken.exists() and not (folder / "tokenizer.json").exists():
-        _write(folder / "tokenizer.json", tokenizer_json(tiktoken).encode())
+        write_bytes(folder / "tokenizer.json", tokenizer_json(tiktoken).encode())
 
 
 @contextmanager
@@ -60,9 +60,3 @@ def _sha256(path: Path, stop: Event) -> str:
         while not stop.is_set() and (chunk := file.read(CHUNK)):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        sync(file.fileno(), flush=file.flush)

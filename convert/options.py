@@ -10,6 +10,7 @@ from qwenvl_mlx.errors import ConfigError
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 RECIPES = ("uniform", "mixed", "mixed_6")
+REPORTS = ("auto", "full", "weights")
 # MLX's modes: (bits, group size) that they have, or None where both are free.
 MODES: dict[str, tuple[int, int] | None] = {
     "affine": None,
@@ -36,6 +37,7 @@ class Settings:
 class ConvertOptions:
     """``quantise``: settings of ordinary modules, None to leave them as they are. ``vision_bits``: for the linear
     layers of the vision tower, None to leave them as they are. ``dtype``: of everything else, None as stored.
+    ``report``: whether the behaviours of source and result are compared, see ``quality``.
     """
 
     quantise: Settings | None = None
@@ -43,6 +45,7 @@ class ConvertOptions:
     vision_bits: int | None = None
     dtype: str | None = None
     dequantise: bool = False
+    report: str = "auto"
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -62,11 +65,13 @@ def make_options(
     q_mode: str = "affine",
     q_recipe: str = "uniform",
     q_vision: int | bool | None = None,
+    q_report: str = "auto",
     dtype: str | None = None,
     dequantize: bool = False,
 ) -> ConvertOptions:
     """Options from the command line's values; ``ConfigError`` for those that contradict each other."""
     one_of(q_recipe, RECIPES, key="q_recipe", where="convert")
+    one_of(q_report, REPORTS, key="q_report", where="convert")
     one_of(dtype, (None, *DTYPES), key="dtype", where="convert")
     if quantize and dequantize:
         raise ConfigError("quantising and dequantising exclude each other: choose -q or -d")
@@ -77,6 +82,7 @@ def make_options(
         vision_bits=_vision_bits(q_vision),
         dtype=dtype,
         dequantise=dequantize,
+        report=q_report,
     )
 
 

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from qwenvl_mlx import __version__, hub
-from qwenvl_mlx.checkpoint.writing import write_json, write_shards
+from qwenvl_mlx.checkpoint.writing import write_json, write_shards, write_text
 from qwenvl_mlx.config import read_json
+from qwenvl_mlx.convert.card import card
 from qwenvl_mlx.convert.carry import carry_over, checksums
 from qwenvl_mlx.convert.folder import check_space, finished_folder, refuse_existing
 from qwenvl_mlx.convert.options import ConvertOptions, Settings, make_options
+from qwenvl_mlx.convert.quality import Quality, measure
 from qwenvl_mlx.convert.recipe import Recipe
 from qwenvl_mlx.convert.transform import Plan, Stream, make_plan
 
 REMOTE_CODE = "auto_map"  # names Python files, which are neither carried over nor ever run
+
+
+@dataclass(frozen=True)
+class Result:
+    """The finished folder, and what the conversion cost."""
+
+    folder: Path
+    quality: Quality
 
 
 def convert(
@@ -31,18 +42,20 @@ def convert(
     q_mode: str = "affine",
     q_recipe: str = "uniform",
     q_vision: int | bool | None = None,
+    q_report: str = "auto",
     dtype: str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
     upload_repo: str | None = None,
-) -> Path:
+) -> Result:
     """Convert the checkpoint ``hf_path`` (folder or hub name) into the MLX folder ``mlx_path``.
 
     ``quantize`` with ``q_bits`` (4), ``q_group_size`` (64), ``q_mode`` and ``q_recipe``; ``q_vision``: bits of the
     vision tower's linear layers (True: 8). ``dtype``: type of what is not quantised, None as stored. ``dequantize``:
-    turn quantised modules into floating point. ``upload_repo``: upload the result to this Hugging Face repository.
-    The folder appears only when it is complete. Raises ``HubError``, ``ConfigError``, ``CheckpointError`` and
-    ``OutputError``.
+    turn quantised modules into floating point. ``q_report``: whether source and result are loaded and compared
+    ("full": where they fit memory; "auto": small ones; "weights": never). ``upload_repo``: upload the result to this
+    Hugging Face repository. The folder appears only when it is complete. Raises ``HubError``, ``ConfigError``,
+    ``CheckpointError`` and ``OutputError``.
     """
     options = make_options(
         quantize=quantize,
@@ -51,29 +64,32 @@ def convert(
         q_mode=q_mode,
         q_recipe=q_recipe,
         q_vision=q_vision,
+        q_report=q_report,
         dtype=dtype,
         dequantize=dequantize,
     )
     target = Path(mlx_path).expanduser()
     refuse_existing(target)
     source = hub.resolve(hf_path, revision=revision)
+    name = source.resolve().name if Path(hf_path).expanduser().is_dir() else str(hf_path)
     plan = make_plan(source, read_json(source / "config.json"), options)
     with finished_folder(target) as folder:
-        write_folder(
-            plan, source, folder, name=Path(hf_path).name if Path(hf_path).is_dir() else str(hf_path)
-        )
-    return target
+        quality = write_folder(plan, source, folder, name=name)
+    if upload_repo:
+        hub.upload(target, upload_repo)
+    return Result(target, quality)
 
 
-def write_folder(plan: Plan, source: Path, folder: Path, *, name: str) -> None:
+def write_folder(plan: Plan, source: Path, folder: Path, *, name: str) -> Quality:
     """Write everything that an MLX folder has; ``name``: what the source is called in what is told about it."""
     total = sum(outline.nbytes for outline in plan.outlines.values())
     check_space(folder, total)
+    stream = Stream(plan)
     with (
         checksums((source / "config.json", *plan.source.files.paths)) as sums,
         tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as bar,
     ):
-        write_shards(folder, plan.outlines, Stream(plan).fetch, done=bar.update)
+        write_shards(folder, plan.outlines, stream.fetch, done=bar.update)
         inputs = sums()
     write_json(folder / "config.json", output_config(plan.config, plan.recipe, plan.options))
     carry_over(source, folder)
@@ -84,6 +100,10 @@ def write_folder(plan: Plan, source: Path, folder: Path, *, name: str) -> None:
         "sha256": inputs,
     }
     write_json(folder / "qwenvl_mlx.json", provenance)
+    quality = measure(plan, source, folder, stream.errors)
+    write_json(folder / "quality.json", quality.as_dict(plan))
+    write_text(folder / "README.md", card(name, source, plan.options, quality))
+    return quality
 
 
 def output_config(config: Mapping[str, Any], recipe: Recipe, options: ConvertOptions) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from qwenvl_mlx.checkpoint import Source, Weights, open_checkpoint
@@ -28,6 +29,8 @@ from qwenvl_mlx.convert.options import ConvertOptions, Settings
 from qwenvl_mlx.convert.recipe import Recipe, make_recipe, quantisable
 from qwenvl_mlx.errors import CheckpointError
 from qwenvl_mlx.models.base import VisionLanguageModel
+
+SAMPLED_ROWS = 256  # of a matrix, for its error: their norm tells that of the whole within a few per cent
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def make_plan(folder: Path, config: Mapping[str, Any], options: ConvertOptions) 
     outlines: dict[str, mx.array] = {}
     owners: dict[str, int] = {}
     for batch in range(len(plan.source)):
-        for name, array in compute(plan, plan.source.outline(batch)).items():
+        for name, array in compute(plan, plan.source.outline(batch)).weights.items():
             if name in outlines:
                 raise CheckpointError(f"{folder}: two tensors become {name}: the folder mixes checkpoints")
             outlines[name], owners[name] = array, batch
@@ -76,23 +79,30 @@ def make_plan(folder: Path, config: Mapping[str, Any], options: ConvertOptions) 
     return Plan(plan.source, cls, config, options, modules, wanted, recipe, parameters, sizes, owners)
 
 
-def compute(plan: Plan, weights: Weights) -> Weights:
-    """Tensors of one batch of the source -> those of the result; lazy."""
+class Computed(NamedTuple):
+    """Lazy tensors of the result, and the floating point weights of the modules that are quantised anew."""
+
+    weights: Weights
+    originals: Weights
+
+
+def compute(plan: Plan, weights: Weights) -> Computed:
+    """Tensors of one batch of the source -> those of the result."""
     dtype = mlx_dtype(plan.options.dtype)
     weights = arrange(weights, plan.cls, plan.config, dtype)
     weights = without_zero_biases(weights, dict.fromkeys(plan.parameters))
-    result: Weights = {}
+    result = Computed({}, {})
     for name, array in weights.items():
         path, _, kind = name.rpartition(".")
         quantised = f"{path}.scales" in weights
         if quantised and kind in ("scales", "biases"):
             continue
         if quantised and kind == "weight":
-            result |= _requantised(plan, path, weights, dtype)
+            _add_requantised(result, plan, path, weights)
         elif kind == "weight" and path in plan.wanted:
-            result |= quantise(path, cast_floating(name, array, plan.cls, dtype), plan.wanted[path])
+            _add_quantised(result, path, cast_floating(name, array, plan.cls, dtype), plan.wanted[path])
         else:
-            result[name] = cast_floating(name, array, plan.cls, dtype)
+            result.weights[name] = cast_floating(name, array, plan.cls, dtype)
     return result
 
 
@@ -121,36 +131,71 @@ def dequantise(path: str, weights: Weights, settings: Settings, dtype: mx.Dtype)
 
 
 class Stream:
-    """Gives the tensors of a plan in order, computing each batch of the source when its first one is asked for."""
+    """Gives the tensors of a plan in order, computing each batch of the source when its first one is asked for.
+
+    ``errors``: relative error of each module that has been quantised on the way, by its path.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.batch = -1
-        self.ready: Weights = {}
+        self.ready = Computed({}, {})
+        self.errors: dict[str, float] = {}
 
     def fetch(self, name: str) -> mx.array:
         """One tensor; it is given away, not kept."""
         owner = self.plan.owners[name]
-        if owner != self.batch or name not in self.ready:
+        if owner != self.batch or name not in self.ready.weights:
             self.ready = compute(self.plan, self.plan.source.read(owner))
             self.batch = owner
-            strange = [new for new in self.ready if self.plan.owners.get(new) != owner]
+            strange = [new for new in self.ready.weights if self.plan.owners.get(new) != owner]
             if strange:
                 raise CheckpointError(f"{some(strange)}: values for which the model has no place")
-        return self.ready.pop(name)
+        self._measure(name.rpartition(".")[0])
+        return self.ready.weights.pop(name)
+
+    def _measure(self, path: str) -> None:
+        """Compare a module with its original as soon as one of its tensors is asked for, then let the original go."""
+        original = self.ready.originals.pop(path, None)
+        if original is not None:
+            self.errors[path] = relative_error(original, self.ready.weights, path, self.plan.wanted[path])
 
 
-def _requantised(plan: Plan, path: str, weights: Weights, dtype: mx.Dtype | None) -> Weights:
+def relative_error(original: mx.array, weights: Weights, path: str, settings: Settings) -> float:
+    """Norm of the difference over the norm of the original, on rows spread evenly over the matrix."""
+    original = original.reshape(-1, original.shape[-1])
+    step = -(-len(original) // SAMPLED_ROWS)
+    kinds = (f"{path}.{kind}" for kind in ("weight", "scales", "biases"))
+    rows = {
+        name: weights[name].reshape(-1, weights[name].shape[-1])[::step] for name in kinds if name in weights
+    }
+    exact = original[::step].astype(mx.float32)
+    difference = exact - dequantise(path, rows, settings, mx.float32)
+    norm = float(np.linalg.norm(np.array(exact)))
+    return float(np.linalg.norm(np.array(difference))) / norm if norm else 0.0
+
+
+def _add_quantised(result: Computed, path: str, weight: mx.array, settings: Settings) -> None:
+    result.weights.update(quantise(path, weight, settings))
+    result.originals[path] = weight
+
+
+def _add_requantised(result: Computed, plan: Plan, path: str, weights: Weights) -> None:
     """A module that the source has quantised: kept as it is, unless other settings or none are wanted."""
     if path not in plan.modules:
         raise CheckpointError(f"{path} is quantised, which this model's module can't be")
+    dtype = mlx_dtype(plan.options.dtype)
     present = Settings(**module_settings(path, weights, plan.modules[path]))
     wanted = plan.wanted.get(path)
     if not plan.options.dequantise and wanted in (None, present):
         names = [f"{path}.{kind}" for kind in ("weight", "scales", "biases") if f"{path}.{kind}" in weights]
-        return {name: cast_floating(name, weights[name], plan.cls, dtype) for name in names}
+        result.weights.update((name, cast_floating(name, weights[name], plan.cls, dtype)) for name in names)
+        return
     weight = dequantise(path, weights, present, dtype or _stored_dtype(plan.config))
-    return {f"{path}.weight": weight} if wanted is None else quantise(path, weight, wanted)
+    if wanted is None:
+        result.weights[f"{path}.weight"] = weight
+    else:
+        _add_quantised(result, path, weight, wanted)
 
 
 def _recipe_of(outlines: Weights, modules: Mapping[str, int]) -> Recipe:

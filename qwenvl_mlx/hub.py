@@ -40,6 +40,21 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weight
     return _hugging_face(hub["repo"], revision or hub["revision"], weights=weights)
 
 
+def upload(folder: Path, repo: str) -> None:
+    """Upload all files of ``folder`` to the Hugging Face repository ``repo``, made if need be. Raises ``HubError``."""
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload MLX weights")
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
+        raise HubError(
+            f"{repo} could not be uploaded ({_first_line(error)}): log in with 'hf auth login'; the folder {folder} is "
+            "complete, only the upload failed"
+        ) from error
+
+
 def cached_models() -> list[str]:
     """Names of the Qwen vision-language models in Hugging Face's cache."""
     from huggingface_hub import constants
@@ -90,13 +105,18 @@ def _hugging_face(repo: str, revision: str | None, *, weights: bool) -> Path:
 def _network_message(repo: str, error: Exception) -> str:
     from huggingface_hub import constants
 
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    reason = _first_line(error)
     if constants.HF_HUB_OFFLINE:
         why = f"{repo} is not wholly in the cache, and HF_HUB_OFFLINE forbids to fetch it"
     else:
         why = f"{repo} could not be fetched from {constants.ENDPOINT} ({reason}): try again, what has arrived is kept"
     cached = cached_models()
     return f"{why}; in the cache: {', '.join(cached) if cached else 'no Qwen vision-language model'}"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def _modelscope(repo: str, revision: str | None, *, weights: bool) -> Path:

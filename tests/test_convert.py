@@ -19,15 +19,20 @@ import pytest
 from helpers import HERE, reference
 from safetensors import safe_open
 
+from qwenvl_mlx import convert as package
 from qwenvl_mlx.checkpoint import load_model, read, writing
-from qwenvl_mlx.convert import convert, folder, main
+from qwenvl_mlx.convert import folder, main
 from qwenvl_mlx.convert.options import ConvertOptions, Settings, make_options
 from qwenvl_mlx.convert.recipe import make_recipe
-from qwenvl_mlx.errors import ConfigError, OutputError
+from qwenvl_mlx.errors import ConfigError, HubError, OutputError
 from qwenvl_mlx.media import Prompt
 
 ORIGINAL = "qwen_vl/ckpt/tiny_chat"
 IDS = [420, 13, 77, 5, 9, 200, 31]
+
+
+def convert(source: Path, target: Path, *, q_report: str = "weights", **options: Any) -> Path:
+    return package.convert(source, target, q_report=q_report, **options).folder  # type: ignore[no-any-return]
 
 
 def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -178,6 +183,104 @@ def test_checksums_of_the_inputs_are_recorded(tmp_path: Path) -> None:
     assert len(recorded) == 3
 
 
+# ---- what is told about the result
+
+
+def test_the_report_says_what_quantising_cost(tmp_path: Path) -> None:
+    source = reference(f"{ORIGINAL}/bin_bf16")
+    eight = json.loads(
+        (
+            convert(source, tmp_path / "8", quantize=True, q_bits=8, q_report="auto") / "quality.json"
+        ).read_text()
+    )
+    four = json.loads(
+        (convert(source, tmp_path / "4", quantize=True, q_report="auto") / "quality.json").read_text()
+    )
+    assert eight["behaviour"]["prompts"] == 6, "four texts and two pictures"
+    assert eight["behaviour"]["kl_divergence"] < four["behaviour"]["kl_divergence"]
+    assert eight["behaviour"]["top1_agreement"] > four["behaviour"]["top1_agreement"]
+    assert set(four["modules"]) == {
+        name.removesuffix(".scales") for name in read(tmp_path / "4") if "scales" in name
+    }
+    assert four["weight_bytes"] == sum(array.nbytes for array in read(tmp_path / "4").values())
+    assert four["weight_bytes"] < eight["weight_bytes"] < four["expected_memory_bytes"]
+
+
+def test_the_errors_in_the_report_are_those_of_the_weights(tmp_path: Path) -> None:
+    source = reference("qwen2_vl/tiny-hub")
+    result = convert(source, tmp_path / "m", quantize=True, q_group_size=32)
+    reported = json.loads((result / "quality.json").read_text())["modules"]
+    name = "language_model.model.layers.0.mlp.down_proj"
+    weights = read(result)
+    ours = mx.dequantize(*(weights[f"{name}.{kind}"].astype(dtype) for kind, dtype in
+                           (("weight", mx.uint32), ("scales", mx.float32), ("biases", mx.float32))), 32, 4)  # fmt: skip
+    exact = read(source)["model.layers.0.mlp.down_proj.weight"].astype(mx.float32)
+    error = mx.linalg.norm(ours - exact) / mx.linalg.norm(exact)
+    assert reported[name]["relative_error"] == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_large_sources_are_loaded_for_the_report_only_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenvl_mlx.convert.quality.SMALL_SOURCE", 1000)
+    source = reference(f"{ORIGINAL}/bin_bf16")
+    report = json.loads(
+        (convert(source, tmp_path / "m", quantize=True, q_report="auto") / "quality.json").read_text()
+    )
+    assert report["behaviour"] is None
+    assert "--q-report full" in report["note"]
+    assert report["modules"]
+
+
+def test_the_card_names_the_base_model_and_carries_the_licence_over(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "Qwen-VL-Chat"))
+    (source / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: tongyi-qianwen\nlicense_link: LICENSE\nlanguage: [zh, en]\n"
+        "base_model: Qwen/Qwen-VL\n---\nText of the source.\n"
+    )
+    (source / "LICENSE").write_text("Terms.")
+    result = convert(source, tmp_path / "m", quantize=True, q_report="full")
+    text = (result / "README.md").read_text()
+    for line in (
+        "license: other",
+        "license_name: tongyi-qianwen",
+        "base_model: Qwen/Qwen-VL",
+        "library_name: mlx",
+    ):
+        assert f"\n{line}\n" in text
+    assert "KL divergence" in text
+    assert "Text of the source" not in text
+    assert (result / "LICENSE").read_text() == "Terms."
+
+
+def test_a_card_that_can_not_be_read_is_no_obstacle(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "s"))
+    (source / "README.md").write_text("---\nlicense: [\n---\n")
+    assert (convert(source, tmp_path / "m") / "README.md").exists()
+
+
+def test_uploading_hands_over_the_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Api:
+        def create_repo(self, repo: str, **_: Any) -> None:
+            calls.append(repo)
+
+        def upload_folder(self, *, folder_path: Path, repo_id: str, **_: Any) -> None:
+            calls.append((repo_id, (folder_path / "model.safetensors.index.json").exists()))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m", upload_repo="me/mine")
+    assert calls == ["me/mine", ("me/mine", True)]
+
+
+def test_an_upload_that_fails_leaves_the_folder(tmp_path: Path) -> None:
+    """HF_HUB_OFFLINE is set in the tests."""
+    with pytest.raises(HubError, match="only the upload failed"):
+        convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m", upload_repo="me/mine")
+    load_model(tmp_path / "m")
+
+
 # ---- recipes
 
 
@@ -247,7 +350,8 @@ def test_the_command_converts_and_says_where(tmp_path: Path) -> None:
     done = command(
         "--hf-path", reference(f"{ORIGINAL}/bin_bf16"), "--mlx-path", tmp_path / "m", "-q", "--q-vision"
     )
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "m"), "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == str(tmp_path / "m")
 
 
 def fails(*arguments: Any) -> str:

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -66,7 +67,7 @@ def write_shards(
                 done(array.nbytes)
                 del array
                 mx.clear_cache()
-            sync(file.fileno())
+            _sync(file)
     write_json(folder / "model.safetensors.index.json", _index(outlines, paths, shards))
     return paths
 
@@ -87,15 +88,24 @@ def plan_shards(outlines: Mapping[str, Outline], shard_bytes: int = SHARD_BYTES)
 
 def write_json(path: Path, value: object) -> None:
     """A JSON file, readable and synced."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        sync(file.fileno(), flush=file.flush)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sync(descriptor: int, *, flush: Callable[[], None] = lambda: None) -> None:
-    """Bring a file to the disk."""
-    flush()
-    os.fsync(descriptor)
+def write_text(path: Path, text: str) -> None:
+    """A text file, synced."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A small file, synced."""
+    with path.open("wb") as file:
+        file.write(content)
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _header(outlines: Mapping[str, Outline]) -> bytes:
