@@ -16,6 +16,7 @@ import numpy as np
 from qwenvl_mlx.errors import MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
 from qwenvl_mlx.processor.base import Box, GenerationDefaults, MediaOptions, Message, Processor
@@ -74,6 +75,7 @@ class FakeModel(VisionLanguageModel):
         mx.random.seed(seed)
         self._hybrid, self._context = hybrid, context
         self.encoded: list[str] = []
+        self.pauses = 0
         self.patch = nn.Linear(PATCH, width)
         self.embedding = nn.Embedding(VOCAB, width)
         self.attention = [Attention(width, 2) for _ in range(2)]
@@ -91,6 +93,11 @@ class FakeModel(VisionLanguageModel):
             raise MediaError("this model takes no videos")
         self.encoded += [item.digest for item in media]
         return [Features(3.0 * self.patch(mx.array(item.patches))) for item in media]
+
+    def encode_stages(self, media: Media) -> Stages[Features]:
+        for _ in range(self.pauses):
+            yield mx.zeros((1,))
+        return self.encode([media])[0]
 
     def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:
         places = np.flatnonzero(np.array(input_ids) == PICTURE)

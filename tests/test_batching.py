@@ -106,6 +106,25 @@ def test_running_answers_go_on_while_a_long_prompt_is_read(model: FakeModel) -> 
     assert pieces >= 20  # bytes that are no characters are held back now and then
 
 
+def test_running_answers_go_on_while_a_large_picture_is_encoded(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.pauses = 60
+    monkeypatch.setattr("qwenvl_mlx.engine.prefill.PATCH_BLOCKS", 9)
+    with engine_for(model) as engine:
+        running = engine.submit("go", GenerationOptions(max_tokens=400, ignore_eos=True, logprobs=0))
+        events = iter(running)
+        next(events)
+        large = engine.submit(ask("x", picture(1, 9)), GenerationOptions(max_tokens=1))
+        done = threading.Event()
+        threading.Thread(target=lambda: (large.result(), done.set())).start()
+        pieces = 0
+        while not done.is_set():
+            pieces += isinstance(next(events), TextEvent)
+        running.cancel()
+    assert pieces >= 20
+
+
 def test_cancelled_and_failed_requests_leave_the_others_alone(model: FakeModel) -> None:
     work = mixed(12, seed=3)
     wanted = alone(model, work)

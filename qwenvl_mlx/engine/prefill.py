@@ -14,6 +14,10 @@ from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Features, Media
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
 
+PATCH_BLOCKS = (
+    16384  # patches times blocks of the vision tower in one slice: 512 tokens of a 7B decoder cost as much
+)
+
 
 class Prefill:
     """The work on one prompt.
@@ -70,12 +74,28 @@ class Prefill:
         features = self._memory.features(media.digest)
         if features is None:
             begin = time.perf_counter()
-            (features,) = self._model.encode([media])
-            mx.eval(features.embeddings, *features.deepstack)
+            features = yield from self._encode(media)
             self._memory.put_features(media.digest, features)
             self.sequence.vision_seconds += time.perf_counter() - begin
             yield
         return features
+
+    def _encode(self, media: Media) -> Generator[None, None, Features]:
+        """Run the vision tower, the larger the picture the fewer of its blocks at once."""
+        patches = media.grid[0] * media.grid[1] * media.grid[2]
+        at_once = max(PATCH_BLOCKS // patches, 1)
+        stages, done = self._model.encode_stages(media), 0
+        while True:
+            try:
+                hidden = next(stages)
+            except StopIteration as end:
+                features: Features = end.value
+                mx.eval(features.embeddings, *features.deepstack)
+                return features
+            done += 1
+            if done % at_once == 0:
+                mx.eval(hidden)
+                yield
 
     def _slices(self, known: int, marks: list[int]) -> list[tuple[int, int]]:
         """Begin and end of each slice; a mark is always an end."""

@@ -12,7 +12,8 @@ import mlx.nn as nn
 from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.layers.grid import Segments
 from qwenvl_mlx.layers.rotary import Angles
-from qwenvl_mlx.media import Media
+from qwenvl_mlx.layers.stages import Stages, finish
+from qwenvl_mlx.media import Features, Media
 
 Activation = Callable[[mx.array], mx.array]
 
@@ -108,6 +109,17 @@ class VisionBlock(nn.Module):
         x = x + self.attn(self.norm1(x), angles, segments)
         update: mx.array = self.mlp(self.norm2(x))
         return x + update
+
+
+class StagedTower(nn.Module):
+    """A vision tower that can pause after each of its blocks."""
+
+    def stages(self, media: Media) -> Stages[Features]:
+        """Patches of one picture or video -> its features; yields the rows ``[patches, width]`` after each block."""
+        raise NotImplementedError
+
+    def __call__(self, media: Media) -> Features:
+        return finish(self.stages(media))
 
 
 class TwoLayers(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
 
 Places = NDArray[np.int64]
@@ -48,6 +49,11 @@ class VisionLanguageModel(nn.Module, ABC):
     @abstractmethod
     def encode(self, media: Sequence[Media]) -> list[Features]:
         """Run the vision tower, one media item at a time (lazy: the caller evaluates)."""
+
+    def encode_stages(self, media: Media) -> Stages[Features]:
+        """``encode`` of one item, pausing between the tower's blocks: evaluate what it yields, or go on."""
+        yield from ()
+        return self.encode([media])[0]
 
     @abstractmethod
     def embed(

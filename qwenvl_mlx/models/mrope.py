@@ -14,6 +14,7 @@ from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.decoder import Decoder, DecoderConfig
 from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.spans import Placeholders
+from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
 
@@ -72,6 +73,9 @@ class MRopeModel(VisionLanguageModel):
 
     def encode(self, media: Sequence[Media]) -> list[Features]:
         return [self.vision_tower(item) for item in media]
+
+    def encode_stages(self, media: Media) -> Stages[Features]:
+        return self.vision_tower.stages(media)  # type: ignore[no-any-return]
 
     def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:
         return self.placeholders.find(input_ids, media)

@@ -20,7 +20,8 @@ from qwenvl_mlx.layers.grid import Segments, Windows, patch_angles
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.spans import Placeholders
-from qwenvl_mlx.layers.vision import PatchEmbed, VisionAttention, VisionBlock, merge_rows
+from qwenvl_mlx.layers.stages import Stages
+from qwenvl_mlx.layers.vision import PatchEmbed, StagedTower, VisionAttention, VisionBlock, merge_rows
 from qwenvl_mlx.layers.weights import to_mlx_layout
 from qwenvl_mlx.media import Features, Media
 from qwenvl_mlx.models.mrope import MRopeModel, text_section, tied, vision_section
@@ -71,7 +72,7 @@ class Merger(nn.Module):
         return second(activation(first(merge_rows(self.ln_q(x), self.merge))))  # type: ignore[no-any-return]
 
 
-class VisionTower(nn.Module):
+class VisionTower(StagedTower):
     """Patches of one picture or video -> its features. Between, patches stand window by window."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -91,7 +92,7 @@ class VisionTower(nn.Module):
         ]
         self.merger = Merger(config)
 
-    def __call__(self, media: Media) -> Features:
+    def stages(self, media: Media) -> Stages[Features]:
         config, grid = self.config, media.grid
         windows = Windows.of(grid, config.spatial_merge_size, config.window_side)
         frames = Segments.frames(grid)
@@ -104,6 +105,7 @@ class VisionTower(nn.Module):
                 hidden = block(hidden, angles, frames)
             else:
                 hidden = block(hidden, slots, windows.segments)
+            yield hidden
         return Features(self.merger(hidden)[windows.restore])
 
 
@@ -129,4 +131,6 @@ class Model(MRopeModel):
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
-        return to_mlx_layout(weights, channels=vision_section(config)["in_channels"], tied=tied(config, nested=True))
+        return to_mlx_layout(
+            weights, channels=vision_section(config)["in_channels"], tied=tied(config, nested=True)
+        )

@@ -20,9 +20,11 @@ from qwenvl_mlx.layers.grid import Segments, patch_angles
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.spans import Placeholders
+from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.layers.vision import (
     ACTIVATIONS,
     PatchEmbed,
+    StagedTower,
     TwoLayers,
     VisionAttention,
     VisionBlock,
@@ -69,7 +71,7 @@ class Merger(nn.Module):
         return second(activation(first(merge_rows(self.ln_q(x), self.merge))))  # type: ignore[no-any-return]
 
 
-class VisionTower(nn.Module):
+class VisionTower(StagedTower):
     """Patches of one picture or video -> its features."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -91,13 +93,14 @@ class VisionTower(nn.Module):
         ]
         self.merger = Merger(config)
 
-    def __call__(self, media: Media) -> Features:
+    def stages(self, media: Media) -> Stages[Features]:
         config = self.config
         hidden = self.patch_embed(media)  # [patches, embed_dim]
         angles = patch_angles(media.grid, config.spatial_merge_size, config.embed_dim // config.num_heads)
         segments = Segments.frames(media.grid)
         for block in self.blocks:
             hidden = block(hidden, angles, segments)
+            yield hidden
         return Features(self.merger(hidden))
 
 
@@ -122,7 +125,9 @@ class Model(MRopeModel):
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
-        return to_mlx_layout(weights, channels=vision_section(config)["in_channels"], tied=tied(config, nested=True))
+        return to_mlx_layout(
+            weights, channels=vision_section(config)["in_channels"], tied=tied(config, nested=True)
+        )
 
 
 def decoder(config: DecoderConfig, *, tied: bool) -> Decoder:

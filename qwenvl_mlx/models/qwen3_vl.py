@@ -22,9 +22,11 @@ from qwenvl_mlx.layers.grid import Segments, bilinear_taps, patch_angles
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.spans import Placeholders
+from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.layers.vision import (
     ACTIVATIONS,
     PatchEmbed,
+    StagedTower,
     TwoLayers,
     VisionAttention,
     VisionBlock,
@@ -85,7 +87,7 @@ class Merger(nn.Module):
         return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
 
 
-class VisionTower(nn.Module):
+class VisionTower(StagedTower):
     """Patches of one picture or video -> its features, and one more set for each DeepStack tap."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -109,7 +111,7 @@ class VisionTower(nn.Module):
         self.merger = Merger(config, grouped=False)
         self.deepstack_merger_list = [Merger(config, grouped=True) for _ in config.deepstack_visual_indexes]
 
-    def __call__(self, media: Media) -> Features:
+    def stages(self, media: Media) -> Stages[Features]:
         config, grid = self.config, media.grid
         hidden = self.patch_embed(media)  # [patches, hidden_size]
         hidden = (mx.unflatten(hidden, 0, (grid[0], -1)) + self._positions(media)).flatten(0, 1)
@@ -121,6 +123,7 @@ class VisionTower(nn.Module):
             if index in config.deepstack_visual_indexes:
                 tap = config.deepstack_visual_indexes.index(index)
                 taps.append(self.deepstack_merger_list[tap](hidden))
+            yield hidden
         return Features(self.merger(hidden), tuple(taps))
 
     def _positions(self, media: Media) -> mx.array:

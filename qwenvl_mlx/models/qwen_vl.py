@@ -19,6 +19,7 @@ from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
 from qwenvl_mlx.layers.linear import add_linear, join, joinable
 from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
 from qwenvl_mlx.models.qwen_vl_vision import VisionConfig, VisionTower, vision_config
@@ -200,6 +201,9 @@ class Model(VisionLanguageModel):
 
     def encode(self, media: Sequence[Media]) -> list[Features]:
         return [Features(self.vision_tower(self._pixels(item))) for item in media]
+
+    def encode_stages(self, media: Media) -> Stages[Features]:
+        return Features((yield from self.vision_tower.stages(self._pixels(media))))
 
     def _pixels(self, item: Media) -> mx.array:
         size = self.vision.image_size

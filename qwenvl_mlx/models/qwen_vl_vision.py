@@ -14,6 +14,7 @@ from qwenvl_mlx.config import from_dict
 from qwenvl_mlx.errors import ConfigError
 from qwenvl_mlx.layers.linear import pad_heads
 from qwenvl_mlx.layers.positions import resample_table
+from qwenvl_mlx.layers.stages import Stages, finish
 
 EPS = 1e-6
 TABLE_ROWS = 256  # the stored position table is a 16x16 grid, whatever the picture's size
@@ -135,11 +136,6 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = [Block(config) for _ in range(config.layers)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        for block in self.resblocks:
-            x = block(x)
-        return x
-
 
 class PoolAttention(nn.Module):
     """Cross attention. The queries are the same for every picture, so they come in projected."""
@@ -206,11 +202,18 @@ class VisionTower(nn.Module):
         for block in self.transformer.resblocks:
             block.attn.prepare()
 
-    def __call__(self, pixels: mx.array) -> mx.array:
+    def stages(self, pixels: mx.array) -> Stages[mx.array]:
+        """Yields the rows after each block."""
         x = self.conv1(pixels)  # [patches, width]
         x = self.ln_pre(x + self._patch_positions.astype(x.dtype))
-        x = self.attn_pool(self.transformer(x))
-        return self.proj(self.ln_post(x))
+        for block in self.transformer.resblocks:
+            x = block(x)
+            yield x
+        x = self.ln_post(self.attn_pool(x))
+        return self.proj(x)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        return finish(self.stages(pixels))
 
 
 def sanitize(name: str, weight: mx.array) -> dict[str, mx.array]:
