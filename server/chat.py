@@ -62,21 +62,12 @@ async def answer(body: schema.ChatRequest, state: State) -> Response:
 def prepare(body: schema.ChatRequest, plan: tools.Plan, served: Served, state: State) -> Prepared:
     """Fetch and cut the pictures, make the prompt: slow work for a thread. Raises ``PromptError``, ``ApiError``."""
     processor = served.engine.processor
-    sizes = MediaOptions(
-        min_pixels=body.min_pixels, max_pixels=body.max_pixels, fps=body.fps,
-        max_frames=state.settings.limits.frames, policy=state.policy,
-    )  # fmt: skip
-    limits = (
-        messages.LOW_DETAIL_PIXELS,
-        body.max_pixels or processor.max_pixels or messages.LOW_DETAIL_PIXELS,
-    )
-    turns, continued = messages.convert(body.messages, low_pixels=min(limits))
+    frames = min(state.settings.limits.frames, processor.max_frames or 1)
+    sizes = MediaOptions(body.min_pixels, body.max_pixels, body.fps, max_frames=frames, policy=state.policy)
+    turns, continued = messages.convert(body.messages, low_pixels=_low_pixels(body, processor))
     media.check_counts(turns, state.settings)
-    if continued is not None and plan.form == "react":
-        turns, continued = (
-            [*turns, {"role": "assistant", "content": continued}],
-            None,
-        )  # it writes such turns itself
+    if continued is not None and plan.form == "react":  # it writes such turns itself
+        turns, continued = [*turns, {"role": "assistant", "content": continued}], None
     begun = (continued or "") + plan.begun
     template = _template(body, begun=bool(begun))
     prompt = processor(turns, tools=plan.tools, options=sizes, template=template)
@@ -86,6 +77,12 @@ def prepare(body: schema.ChatRequest, plan: tools.Plan, served: Served, state: S
         more = processor.continuation({"type": "text", "text": begun}, options=sizes)
         prompt = Prompt([*prompt.input_ids, *more.input_ids], prompt.media)
     return Prepared(prompt, thinking and not begun)
+
+
+def _low_pixels(body: schema.ChatRequest, processor: Processor) -> int:
+    """What low detail means here: never more than without it."""
+    usual = body.max_pixels or processor.max_pixels or messages.LOW_DETAIL_PIXELS
+    return min(messages.LOW_DETAIL_PIXELS, usual)
 
 
 def _template(body: schema.ChatRequest, *, begun: bool) -> dict[str, Any] | None:

@@ -30,6 +30,9 @@ OPEN_PATHS = frozenset({"/", "/health", "/docs", "/openapi.json"})
 PATIENCE = 4
 """A body up to so many times the limit is received to its end, so that its sender learns what was wrong."""
 
+BODIES = 8
+"""Bodies of the largest size that may be held at the same time, before further requests are put off."""
+
 COUNTED_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 
 
@@ -40,6 +43,7 @@ class Guard:
         self.app = app
         self.settings = settings
         self.metrics = metrics
+        self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,8 +58,13 @@ class Guard:
             response = JSONResponse(error.body(), error.status_code, headers=dict(error.headers or {}))
             await response(scope, receive, send)
             return
-        if body is not None:
+        if body is None:
+            return
+        self._buffered += len(body)
+        try:
             await self.app(scope, _replay(body, receive), send)
+        finally:
+            self._buffered -= len(body)
 
     def _counting(self, scope: Scope, send: Send) -> Send:
         path = COUNTED_PATHS.get(scope["path"], "other")
@@ -96,6 +105,10 @@ class Guard:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None when the client has left."""
         limits = self.settings.limits
+        if self._buffered > BODIES * limits.body_bytes:
+            raise ApiError(
+                429, "too many large requests at once: try again", code="busy", headers={"Retry-After": "2"}
+            )
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared) > PATIENCE * limits.body_bytes:
             raise _too_large(limits.body_bytes)

@@ -11,7 +11,7 @@ from qwenvl_mlx.engine.events import Event, FinishEvent, Reply
 from qwenvl_mlx.engine.options import GenerationOptions
 from qwenvl_mlx.engine.request import Outcome, Request
 from qwenvl_mlx.media import Prompt
-from qwenvl_mlx.server.errors import from_exception
+from qwenvl_mlx.server.errors import ApiError, from_exception
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Run:
         deadline: float,
     ) -> None:
         """Raises ``Busy`` when the queue is full, ``GenerationError`` for what can't be served."""
+        if not engine.alive:
+            raise ApiError(503, "the engine has stopped: the server's log says why", code="engine_stopped")
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Outcome]] = asyncio.Queue()
         self._requests: list[Request] = []

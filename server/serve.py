@@ -15,6 +15,7 @@ from qwenvl_mlx.engine.memory import working_set
 from qwenvl_mlx.errors import GenerationError
 from qwenvl_mlx.server.app import create_app
 from qwenvl_mlx.server.guard import is_loopback
+from qwenvl_mlx.server.protocol import PatientProtocol
 from qwenvl_mlx.server.settings import Settings
 from qwenvl_mlx.server.shelf import Offer, Shelf
 
@@ -40,6 +41,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> None:
         port=settings.port,
         log_level=args.log_level,
         server_header=False,
+        http=PatientProtocol,
         timeout_graceful_shutdown=args.shutdown_timeout,
     )
 

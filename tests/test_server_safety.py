@@ -22,6 +22,7 @@ import pytest
 from helpers import DATA
 from serving import EchoEngine, chat_checkpoint, echo_shelf, file_server, processor_of, serving
 
+from qwenvl_mlx.server import protocol
 from qwenvl_mlx.server.guard import host_name, is_loopback
 from qwenvl_mlx.server.media import ServerPolicy
 from qwenvl_mlx.server.settings import Limits, Settings
@@ -192,6 +193,17 @@ def test_a_body_that_trickles_in(url: str) -> None:
         started = time.monotonic()
         assert b" 408 " in connection.recv(200)
         assert time.monotonic() - started < 3
+
+
+def test_a_head_that_never_ends(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.5)
+    shelf = echo_shelf(EchoEngine(processor_of(checkpoint)))
+    with serving(shelf, http=protocol.PatientProtocol) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+            assert connection.recv(100) == b""
+        assert send(url, asking({"type": "text", "text": "say:x"}))[0] == 200
 
 
 def test_a_million_tokens(url: str) -> None:

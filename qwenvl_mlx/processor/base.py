@@ -97,6 +97,11 @@ class Processor(ABC):
         """The area that pictures are reduced to where a request says nothing; None where all get one size."""
         return None
 
+    @property
+    def max_frames(self) -> int | None:
+        """How many frames of a video file are taken at most where a request says nothing; None without videos."""
+        return None
+
     @abstractmethod
     def __call__(
         self,

@@ -88,6 +88,10 @@ class HFProcessor(Processor):
     def max_pixels(self) -> int:
         return self.image_rules.max_pixels
 
+    @property
+    def max_frames(self) -> int:
+        return self.video_rules.max_frames
+
     def __call__(
         self,
         messages: Sequence[Message],
