@@ -78,10 +78,9 @@ def cut(picture: Image.Image, rows: Bytes, size: tuple[int, int]) -> None:
     ``rows``: ``[block row, block column, row, column, channel, y, x]``, one group and frame of ``allocate``.
     """
     _, across, merge, _, _, patch, _ = rows.shape
-    lines = (block[:, line] for block in rows for line in range(merge))
-    for target, strip in zip(lines, strips(picture, *size, patch), strict=True):
-        pixels = strip.reshape(patch, across, merge, patch, 3)
-        target[...] = pixels.transpose(1, 2, 4, 0, 3)  # [block column, column, channel, y, x]
+    for block, strip in zip(rows, strips(picture, *size, merge * patch), strict=True):
+        pixels = strip.reshape(merge, patch, across, merge, patch, 3)
+        block[...] = pixels.transpose(2, 0, 3, 5, 1, 4)  # [block column, row, column, channel, y, x]
 
 
 def media_of(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _BITS = 22  # of a weight's fraction in Pillow's fixed-point passes
+_LINES = 14  # rows that are summed at a time, in integers of 32 bits
 _REACH = 2.0  # of the cubic kernel, in source pixels when enlarging
 
 Bytes = NDArray[np.uint8]
@@ -61,34 +62,47 @@ def _wide(band: Image.Image, width: int) -> Bytes:
 def _vertical(picture: Image.Image, width: int, height: int, step: int) -> Iterator[Bytes]:
     """Strips of the vertical pass over rows that were first brought to ``width``."""
     taps = _taps(picture.height, height)
+    lines = min(_LINES, step)
+    sources = int((taps.last[lines - 1 :] - taps.first[: height - lines + 1]).max())
+    room = np.empty(
+        (2 * lines + sources, width * 3), np.int32
+    )  # made once: fresh memory costs more than the sums
     rows = np.empty((0, width * 3), np.uint8)  # source rows [begin, end) of the strip at hand
     begin = end = 0
     for top in range(0, height, step):
         first, last = int(taps.first[top]), int(taps.last[top + step - 1])
+        rows = rows[first - begin :]
         if last > end:
-            fresh = _wide(_band(picture, max(end, first), last), width).reshape(-1, width * 3)
-            rows = np.concatenate([rows[first - begin :], fresh])
-        else:
-            rows = rows[first - begin :]
-        begin, end = first, last
-        yield _weigh(rows.astype(np.int32), begin, taps.part(top, top + step)).reshape(step, width, 3)
+            fresh = _wide(_band(picture, max(end, first), last), width)
+            rows = np.concatenate([rows, fresh.reshape(-1, width * 3)])
+        begin, end = first, max(end, last)
+        strip = np.empty((step, width * 3), np.uint8)
+        for low in range(0, step, lines):
+            part = taps.part(top + low, top + min(low + lines, step))
+            _weigh(
+                rows[part.first[0] - begin : part.last[-1] - begin], part, room, out=strip[low : low + lines]
+            )
+        yield strip.reshape(step, width, 3)
 
 
-def _weigh(rows: NDArray[np.int32], begin: int, taps: _Taps) -> Bytes:
-    """Weighted sums of ``rows`` (which start at source row ``begin``), one a target row, rounded to bytes."""
-    sums = np.empty((len(taps.first), rows.shape[1]), np.int32)
-    term = np.empty(rows.shape[1], np.int32)
-    for total, first, last, weights in zip(sums, taps.first, taps.last, taps.weights, strict=True):
-        sources = rows[first - begin : last - begin]
-        np.multiply(sources[0], weights[0], out=total)
-        for source, weight in zip(sources[1:], weights[1:], strict=False):
-            if weight:
-                np.multiply(source, weight, out=term)
-                np.add(total, term, out=total)
-    sums += 1 << (_BITS - 1)
+def _weigh(rows: Bytes, taps: _Taps, room: NDArray[np.int32], *, out: Bytes) -> None:
+    """Weighted sums of ``rows`` (from the first to the last that ``taps`` name), rounded to bytes."""
+    count = len(out)
+    sums, term, near = room[:count], room[count : 2 * count], room[2 * count : 2 * count + len(rows)]
+    near[...] = rows
+    sums.fill(1 << (_BITS - 1))
+    for offset, weights in enumerate(
+        taps.weights.T[:, :, None]
+    ):  # few large operations: threads run side by side
+        index = np.minimum(
+            taps.first - taps.first[0] + offset, len(rows) - 1
+        )  # what lies past the end weighs nothing
+        in_line = bool((np.diff(index) == 1).all())
+        np.multiply(near[index[0] : index[-1] + 1] if in_line else near[index], weights, out=term)
+        np.add(sums, term, out=sums)
     np.right_shift(sums, _BITS, out=sums)
     np.clip(sums, 0, 255, out=sums)
-    return sums.astype(np.uint8)
+    out[...] = sums
 
 
 def _taps(source: int, target: int) -> _Taps:
