@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_mlx.processor.answer import END_THINK
+from qwenvl_mlx.processor.tool_calls import CLOSE, OPEN
 from qwenvl_mlx.server import schema
 from qwenvl_mlx.server.errors import ApiError
 from qwenvl_mlx.server.tools import Wish
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from qwenvl_mlx.engine import Engine
 
-CALL_END = "}\n</tool_call>"
 MISSING = "needs the extra 'grammar': pip install 'qwenvl-mlx[grammar]'"
 
 
@@ -66,6 +66,11 @@ class Grammars:
         self._size = engine.model.vocab_size
         self._tokenizer: LLTokenizer | None = None
 
+    def tag(self, text: str) -> str:
+        """A tag in a grammar: the token that it is, else its text."""
+        token = self.processor.tokenizer.id(text)
+        return json.dumps(text) if token is None else f"<[{token}]>"
+
     def compile(self, grammar: str, *, param: str, after_thinking: bool) -> Callable[[], Guide]:
         """A maker of guides, one for each choice. Raises ``ApiError`` for a grammar that is none."""
         from llguidance import LLMatcher
@@ -96,9 +101,9 @@ def for_chat(
         reason = "is not possible with this model's form of calls" if kind != "json" else MISSING
         raise ApiError(400, f"tools: strict {reason}", param="tools")
     if wish.required and kind == "json" and available():
-        return grammars.compile(_forced_call(wish), param="tools", after_thinking=False)
+        return grammars.compile(_forced_call(wish, grammars), param="tools", after_thinking=False)
     if strict:
-        return grammars.compile(_free_calls(wish, strict), param="tools", after_thinking=thinking)
+        return grammars.compile(_free_calls(wish, strict, grammars), param="tools", after_thinking=thinking)
     return None
 
 
@@ -124,26 +129,29 @@ def _for_format(
     )
 
 
-def _forced_call(wish: Wish) -> str:
+def _forced_call(wish: Wish, grammars: Grammars) -> str:
     """What follows ``tools.opening``: the name, if it is open, and arguments by the function's schema."""
     functions = [function for function in wish.functions if wish.name in (None, function["name"])]
     rules = [f"a{i}: {_json(function.get('parameters'))}" for i, function in enumerate(functions)]
+    end = f'"}}\\n" {grammars.tag(CLOSE)}'
     if wish.name is not None:
-        return "\n".join([f"start: a0 {json.dumps(CALL_END)}", *rules])
+        return "\n".join([f"start: a0 {end}", *rules])
     named = [json.dumps(f'{function["name"]}", "arguments": ') for function in functions]
-    calls = [f"f{i}: {name} a{i} {json.dumps(CALL_END)}" for i, name in enumerate(named)]
+    calls = [f"f{i}: {name} a{i} {end}" for i, name in enumerate(named)]
     start = "start: " + " | ".join(f"f{i}" for i in range(len(functions)))
     return "\n".join([start, *calls, *rules])
 
 
-def _free_calls(wish: Wish, strict: Sequence[str]) -> str:
+def _free_calls(wish: Wish, strict: Sequence[str], grammars: Grammars) -> str:
     """Any text, in which calls have arguments by their functions' schemas (any object for the others)."""
+    opening, end = grammars.tag(OPEN), f'"}}\\n" {grammars.tag(CLOSE)}'
     lines = []
     for i, function in enumerate(wish.functions):
         begun = json.dumps(f'\n{{"name": "{function["name"]}", "arguments": ')
         wanted = function.get("parameters") if function["name"] in strict else None
-        lines += [f'h{i}[lazy]: TEXT "<tool_call>"', f"f{i}: h{i} {begun} a{i} {json.dumps(CALL_END)}"]
-        lines += [f"a{i}: {_json(wanted)}"]
+        # As text, the tag ends the lexeme before it as soon as it is complete; as a token it is one by itself.
+        head = f"h{i}[lazy]: TEXT {opening}" if opening.startswith('"') else f"h{i}: TEXT {opening}"
+        lines += [head, f"f{i}: h{i} {begun} a{i} {end}", f"a{i}: {_json(wanted)}"]
     calls = " | ".join(f"f{i}" for i in range(len(wish.functions)))
     return "\n".join([f"start: ({calls})* rest", "rest: TEXT", r"TEXT: /(.|\n)*/", *lines])
 

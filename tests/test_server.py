@@ -438,6 +438,17 @@ def test_a_demanded_call_comes_from_any_model(client: OpenAI, choice: Any) -> No
     assert set(json.loads(reply.message.tool_calls[0].function.arguments)) == {"city"}
 
 
+def test_strict_functions_get_the_arguments_that_they_name(client: OpenAI, engine: Engine) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra 'grammar'")
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    bias = {str(engine.processor.tokenizer.id("<tool_call>")): 100, str(ord('"')): 20}
+    fields: dict[str, Any] = {"logit_bias": bias, "max_tokens": 200, "parallel_tool_calls": False}
+    choice = chat(client, tools=[strict], **fields).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert set(json.loads(choice.message.tool_calls[0].function.arguments)) == {"city"}
+    assert chat(client, tools=[WEATHER], **fields).choices[0].finish_reason == "length"
+
+
 def test_tool_results_with_pictures_reach_the_model(client: OpenAI) -> None:
     picture = {"type": "image", "image": data_uri("rgb_97x61.png")}
 
