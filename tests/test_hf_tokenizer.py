@@ -117,6 +117,9 @@ def test_damaged_files(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     with pytest.raises(CheckpointError, match="fetch it again"):
         HFTokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no vocabulary"):
+        HFTokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     shutil.copy(tiny / "vocab.json", tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nno such\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,10 @@ class HFTokenizer:
 def _backend(folder: Path, split: str) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
-        return Tokenizer.from_str(
-            json.dumps(read_json(path))
-        )  # read_json names a damaged file; the library can't
+        model = read_json(path).get("model")  # damage is named here: the library's own errors have no class
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+            raise CheckpointError(f"{path} holds no vocabulary: copy it from the original checkpoint")
+        return Tokenizer.from_file(str(path))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _from_merges(read_json(folder / "vocab.json"), folder / "merges.txt", split)
     ranked = sorted(folder.glob("*.tiktoken"))
