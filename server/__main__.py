@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--prefill-chunk", type=cli.positive, default=512, metavar="N", help="tokens read at once (512)"
     )
+    parser.add_argument("--inbrowser", action="store_true", help="open the page in the browser")
     parser.add_argument("--log-level", choices=LEVELS, default="info", help="what is told on stderr (info)")
     return parser
 
@@ -101,24 +102,30 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = Limits()
     group = parser.add_argument_group("limits of one request")
-    group.add_argument("--max-body-mb", type=cli.positive, default=limits.body_bytes // MIB, metavar="N")
-    group.add_argument("--max-pictures", type=cli.positive, default=limits.pictures, metavar="N")
-    group.add_argument(
-        "--max-picture-mpixels", type=cli.positive, default=limits.picture_pixels // 10**6, metavar="N"
+    numbers = (
+        ("--max-body-mb", limits.body_bytes // MIB, "its body, pictures included"),
+        ("--max-pictures", limits.pictures, "pictures and videos"),
+        ("--max-picture-mpixels", limits.picture_pixels // 10**6, "megapixels of a picture"),
+        ("--max-frames", limits.frames, "frames of a video"),
+        ("--max-fetch-mb", limits.fetch_bytes // MIB, "a file that is fetched"),
+        ("--max-choices", limits.choices, "answers (n)"),
     )
-    group.add_argument("--max-frames", type=cli.positive, default=limits.frames, metavar="N")
-    group.add_argument("--max-fetch-mb", type=cli.positive, default=limits.fetch_bytes // MIB, metavar="N")
-    group.add_argument("--fetch-timeout", type=float, default=limits.fetch_seconds, metavar="S")
-    group.add_argument("--max-choices", type=cli.positive, default=limits.choices, metavar="N")
-    group.add_argument("--request-timeout", type=float, default=limits.request_seconds, metavar="S")
-    group.add_argument("--body-timeout", type=float, default=limits.body_seconds, metavar="S")
-    group.add_argument("--keep-alive", type=float, default=Settings().keep_alive_seconds, metavar="S")
+    for name, value, meaning in numbers:
+        group.add_argument(name, type=cli.positive, default=value, metavar="N", help=f"{meaning} ({value})")
+    times = (
+        ("--request-timeout", limits.request_seconds, "the whole request"),
+        ("--body-timeout", limits.body_seconds, "until its body has come"),
+        ("--fetch-timeout", limits.fetch_seconds, "until a file is fetched"),
+        ("--keep-alive", Settings().keep_alive_seconds, "silence before a comment keeps a stream alive"),
+    )
+    for name, seconds, meaning in times:
+        group.add_argument(name, type=float, default=seconds, metavar="S", help=f"{meaning} ({seconds:g} s)")
     group.add_argument(
         "--shutdown-timeout",
         type=int,
         default=30,
         metavar="S",
-        help="to finish answers when told to stop (30)",
+        help="to finish answers when told to stop (30 s)",
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import threading
+import webbrowser
 from pathlib import Path
 
 import uvicorn
@@ -26,7 +28,8 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 def serve(args: argparse.Namespace, settings: Settings) -> None:
     """Run until interrupted or terminated. Raises ``QwenVLError`` for what keeps the server from starting."""
-    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s: %(message)s")
+    level = "debug" if args.verbose else args.log_level
+    logging.basicConfig(level=level.upper(), format="%(levelname)s: %(message)s")
     if not args.model:
         raise GenerationError("no model is given: pass --model, for example --model demo")
     if settings.api_key is None and not is_loopback(settings.host):
@@ -35,11 +38,13 @@ def serve(args: argparse.Namespace, settings: Settings) -> None:
     shelf = make_shelf(args)
     shelf.preload()
     log.info("%s is ready at http://%s:%d", ", ".join(shelf.names), settings.host, settings.port)
+    if args.inbrowser:
+        threading.Timer(1, webbrowser.open, [f"http://localhost:{settings.port}"]).start()
     uvicorn.run(
         create_app(shelf, settings),
         host=settings.host,
         port=settings.port,
-        log_level=args.log_level,
+        log_level=level,
         server_header=False,
         http=PatientProtocol,
         timeout_graceful_shutdown=args.shutdown_timeout,

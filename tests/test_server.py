@@ -761,6 +761,18 @@ def test_shutdown_lets_an_answer_finish(checkpoint: Path) -> None:
     assert engine.closed
 
 
+def test_the_python_example_of_the_readme_runs(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parent.parent / "server" / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "photo.jpg").write_bytes((IMAGES / "photo_333x217.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("http://localhost:8000", url).replace("stream=True", "stream=True, max_tokens=5")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
 def test_metrics_count(told: OpenAI, echo_url: str) -> None:
     chat(told, "say:hello", max_tokens=99)
     text = urllib.request.urlopen(f"{echo_url}/metrics").read().decode()
