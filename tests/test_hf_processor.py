@@ -192,6 +192,12 @@ def test_pictures_are_decoded_side_by_side(qwen3: HFProcessor, monkeypatch: pyte
     assert [item.source_size for item in prompt.media] == [(64, 64), (96, 64)]
 
 
+def test_one_lazy_image_given_twice(qwen3: HFProcessor) -> None:
+    with Image.open(reference("images/big_1600x1200.jpg")) as image:
+        prompt = qwen3.raw(IMAGE * 6, [{"image": image}] * 6)
+    assert len({item.digest for item in prompt.media}) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "parts", "cure"),
     [

@@ -155,6 +155,8 @@ class HFProcessor(Processor):
         """All media, several at a time; stops early when there are too many for the context."""
         media: list[Media] = []
         workers = min(len(parts), os.cpu_count() or 1, 8)
+        if _has_twins(parts):
+            workers = 1
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             try:
                 for item in pool.map(partial(self._load_one, options=options), parts):
@@ -217,6 +219,12 @@ class HFProcessor(Processor):
                 f"the prompt has at least {tokens} tokens ({media_kinds(media)}) but the model takes "
                 f"{self.context_length}: send fewer or smaller ones (max_pixels, fps, max_frames)"
             )
+
+
+def _has_twins(parts: Sequence[Mapping[str, Any] | Media]) -> bool:
+    """One Pillow image given twice: it may be decoded on first use, which two threads must not do at once."""
+    images = [id(part["image"]) for part in parts if not isinstance(part, Media) and "image" in part]
+    return len(set(images)) < len(images)
 
 
 def _check_placeholders(text: str, kinds: Sequence[str]) -> None:
