@@ -159,7 +159,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes as for every command: 0 done, 1 with a reason on stderr, 2 wrong usage, 130 interrupted."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not args.model:
+        parser.error("no model is given: pass --model, for example --model demo")
 
     def work() -> None:
         from qwenvl_mlx.server.serve import serve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,11 +11,15 @@ from qwenvl_mlx.server import schema
 from qwenvl_mlx.server.errors import ApiError
 from qwenvl_mlx.server.settings import Limits
 
+log = logging.getLogger(__name__)
+
 
 def options_of(
     body: schema.Generation, limits: Limits, *, max_tokens: int | None, logprobs: int | None, vocab: int
 ) -> list[GenerationOptions]:
     """One for each choice: equal but for the seed, which counts up from the request's."""
+    if body.user:
+        log.debug("a request of user %r", body.user)
     options = GenerationOptions(
         max_tokens=max_tokens,
         temperature=body.temperature,

@@ -175,6 +175,8 @@ class ToolChoice(Strict):
 
 
 class JSONSchema(Strict):
+    """``schema`` is enforced, whatever ``strict`` says. Name and description are notes: the model isn't shown them."""
+
     name: str | None = None
     description: str | None = None
     strict: bool | None = None

@@ -30,8 +30,6 @@ def serve(args: argparse.Namespace, settings: Settings) -> None:
     """Run until interrupted or terminated. Raises ``QwenVLError`` for what keeps the server from starting."""
     level = "debug" if args.verbose else args.log_level
     logging.basicConfig(level=level.upper(), format="%(levelname)s: %(message)s")
-    if not args.model:
-        raise GenerationError("no model is given: pass --model, for example --model demo")
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anybody who reaches %s can use this server: consider --api-key", settings.host)
     cli.use_device(args.device)

@@ -58,9 +58,10 @@ def wish_of(body: schema.ChatRequest) -> Wish:
     legacy = body.functions is not None and body.tools is None
     functions = _legacy(body) if legacy else _modern(body)
     choice = body.function_call if legacy else body.tool_choice
+    param = "function_call" if legacy else "tool_choice"
     if not functions:
         if choice not in (None, "none", "auto"):
-            raise ApiError(400, "a function is to be called, but none is given", param="tool_choice")
+            raise ApiError(400, "a function is to be called, but none is given", param=param)
         return Wish(legacy=legacy)
     if choice == "none":
         return Wish(legacy=legacy)
@@ -69,9 +70,7 @@ def wish_of(body: schema.ChatRequest) -> Wish:
         return Wish(functions, legacy=legacy, single=single)
     name = None if isinstance(choice, str) else _chosen(choice)
     if name is not None and name not in [function.get("name") for function in functions]:
-        raise ApiError(
-            400, f"tool_choice names {name!r}, which is none of the functions", param="tool_choice"
-        )
+        raise ApiError(400, f"{param} names {name!r}, which is none of the functions", param=param)
     # A choice of one function is one call; "required" may be several.
     return Wish(functions, required=True, name=name, legacy=legacy, single=single or name is not None)
 

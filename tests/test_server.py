@@ -415,6 +415,13 @@ def test_parallel_calls_can_be_turned_off(told: OpenAI) -> None:
     )
 
 
+def test_an_answer_can_be_sent_back_as_it_came(told: OpenAI) -> None:
+    first = chat(told, f"say:{CALL}", tools=[WEATHER], max_tokens=99).choices[0].message
+    result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "21 degrees"}
+    messages = [*ask("Weather?"), first, result, *ask("say:Thanks")]
+    assert chat(told, messages=messages, tools=[WEATHER]).choices[0].message.content == "Thanks"
+
+
 def test_functions_of_the_older_api(told: OpenAI) -> None:
     functions = [WEATHER["function"]]
     choice = chat(told, f"say:{CALL}", functions=functions, max_tokens=99).choices[0]
