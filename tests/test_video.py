@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.media import Media
-from qwenvl_mlx.processor.frames import ShortVideo, VideoFile, open_frames
+from qwenvl_mlx.processor.frames import ShortVideo, open_frames
 from qwenvl_mlx.processor.patches import image_media, normalised_rows
 from qwenvl_mlx.processor.policy import FetchPolicy
 from qwenvl_mlx.processor.rules import CLIP_MEAN, CLIP_STD, HALF, PatchRules, VideoRules
@@ -153,7 +154,7 @@ def test_a_phones_upright_video_stands_upright(clip: Path) -> None:
 
 
 def test_a_video_that_breaks_off_gives_what_it_has(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = VideoFile.open(clip, "clip", max_pixels=10**8)
+    whole = open_frames(clip, fps=None)
     announced = replace(whole, total=400)
     with pytest.raises(ShortVideo):
         list(announced.take([0, 399]))
@@ -201,6 +202,24 @@ def test_frames_larger_than_the_policy_allows(clip: Path, tmp_path: Path) -> Non
         Image.new("RGB", (96, 64)).save(tmp_path / "a.gif")
         with pytest.raises(MediaError, match="make it smaller"):
             open_frames(source, fps=None, policy=FetchPolicy(max_pixels=1000))
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some damage
+def test_damage_is_told_or_survived(clip: Path) -> None:
+    """Bytes overwritten, ends cut off: a video or a MediaError, nothing else."""
+    gif = io.BytesIO()
+    noise = [Image.effect_noise((64, 64), 30) for _ in range(6)]
+    noise[0].save(gif, "GIF", save_all=True, append_images=noise[1:], duration=100)
+    random = np.random.default_rng(3)
+    small = with_request(STD16, max_pixels=98304)
+    for turn in range(60):
+        data = bytearray(clip.read_bytes() if turn % 2 else gif.getvalue())
+        for place in random.integers(0, len(data), 5):
+            data[place] = random.integers(0, 256)
+        if turn % 3 == 0:
+            del data[random.integers(1, len(data)) :]
+        with contextlib.suppress(MediaError):
+            video_media(open_frames(bytes(data), fps=None), small)
 
 
 def test_sound_without_a_picture() -> None:

@@ -85,23 +85,24 @@ class Animation(Frames):
     """A GIF, an animated WebP or PNG."""
 
     data: Path | bytes
+    max_pixels: int
 
     @classmethod
     def open(cls, data: Path | bytes, name: str, *, max_pixels: int) -> Animation:
         try:
             with _stream(data) as file, Image.open(file, formats=ANIMATIONS) as image:
-                _check_size(image.width, image.height, name, max_pixels)
-                times = [_milliseconds(frame) for frame in ImageSequence.Iterator(image)]
+                times = [_milliseconds(frame, name, max_pixels) for frame in ImageSequence.Iterator(image)]
         except (Image.DecompressionBombError, *picture.UNREADABLE) as error:
             raise _unreadable(name, error) from error
         fps = len(times) / sum(times) * 1000 if sum(times) else None
-        return cls(name, len(times), fps, False, data)
+        return cls(name, len(times), fps, False, data, max_pixels)
 
     def take(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         try:
             with _stream(self.data) as file, Image.open(file, formats=ANIMATIONS) as image:
                 for index in indices:
                     image.seek(index)
+                    image.load()  # its mode may change by that
                     yield picture.upright_rgb(image)
         except picture.UNREADABLE as error:
             raise _unreadable(self.name, error) from error
@@ -112,6 +113,7 @@ class VideoFile(Frames):
     """Anything that FFmpeg reads; decoded as a stream, so that only the wanted frames are ever held."""
 
     data: Path | bytes
+    max_pixels: int
 
     @classmethod
     def open(cls, data: Path | bytes, name: str, *, max_pixels: int) -> VideoFile:
@@ -119,12 +121,12 @@ class VideoFile(Frames):
         try:
             with _stream(data) as file, av.open(file, options=SAFE) as container:
                 stream = _video_stream(container, name)
-                _check_size(stream.width, stream.height, name, max_pixels)
+                _check_size(stream.codec_context, name, max_pixels)
                 total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
                 rate = stream.average_rate or stream.guessed_rate
         except (av.FFmpegError, OSError, ValueError) as error:
             raise _unreadable(name, error) from error
-        return cls(name, total, float(rate) if rate else None, False, data)
+        return cls(name, total, float(rate) if rate else None, False, data, max_pixels)
 
     def take(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         av = _pyav()
@@ -134,6 +136,7 @@ class VideoFile(Frames):
                 stream = _video_stream(container, self.name)
                 stream.thread_type = "AUTO"
                 for frame in container.decode(stream):
+                    _check_size(frame, self.name, self.max_pixels)
                     while position < len(wanted) and wanted[position] == decoded:
                         yield _upright(frame)
                         position += 1
@@ -146,7 +149,8 @@ class VideoFile(Frames):
         raise ShortVideo(decoded)
 
 
-def _milliseconds(frame: Image.Image) -> float:
+def _milliseconds(frame: Image.Image, name: str, max_pixels: int) -> float:
+    _check_size(frame, name, max_pixels)  # each one: frames of a GIF may stick out and enlarge it
     frame.load()  # a WebP knows only then
     return float(frame.info.get("duration", 0))
 
@@ -162,7 +166,10 @@ def _pyav() -> ModuleType:
 def _video_stream(container: Any, name: str) -> Any:
     if not container.streams.video:
         raise MediaError(f"{name} has no video track: give another file")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise MediaError(f"{name} is coded in a way that FFmpeg does not know: convert it to MP4")
+    return stream
 
 
 def _upright(frame: Any) -> Image.Image:
@@ -186,7 +193,9 @@ def _stream(data: Path | bytes) -> IO[bytes]:
     return data.open("rb") if isinstance(data, Path) else io.BytesIO(data)
 
 
-def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+def _check_size(frame: Any, name: str, max_pixels: int) -> None:
+    """``frame``: anything with a width and a height."""
+    width, height = frame.width, frame.height
     if width * height > max_pixels:
         raise MediaError(
             f"{name}: {width}x{height} pixels: more than {max_pixels // 1_000_000} megapixels are not decoded: "
