@@ -12,6 +12,7 @@ from qwenvl_mlx.config import read_json
 from qwenvl_mlx.engine import Engine, EngineOptions, Event, GenerationOptions, Reply
 from qwenvl_mlx.engine.engine import Question
 from qwenvl_mlx.errors import GenerationError
+from qwenvl_mlx.layers.shard import Group
 from qwenvl_mlx.models.base import VisionLanguageModel
 from qwenvl_mlx.processor.bare import BareProcessor
 from qwenvl_mlx.processor.base import MediaOptions, Processor
@@ -20,15 +21,18 @@ from qwenvl_mlx.processor.load import load_processor
 Path = str | PathLike[str]
 
 
-def load(path: Path, dtype: str | None = None) -> tuple[VisionLanguageModel, Processor]:
+def load(
+    path: Path, dtype: str | None = None, *, group: Group | None = None
+) -> tuple[VisionLanguageModel, Processor]:
     """A folder or hub name -> model and processor, ready to use.
 
-    ``dtype``: "float32", "bfloat16", "float16", or None for that of the checkpoint. Raises ``HubError``,
+    ``dtype``: "float32", "bfloat16", "float16", or None for that of the checkpoint.
+    ``group``: machines that share the model (``mx.distributed``); each must then ask the same. Raises ``HubError``,
     ``CheckpointError``, ``ConfigError``.
     """
     folder = hub.resolve(path)
     processor = load_processor(folder, read_json(folder / "config.json"))
-    return checkpoint.load_model(folder, dtype=dtype), processor
+    return checkpoint.load_model(folder, dtype=dtype, group=group), processor
 
 
 def load_model(path: Path, dtype: str | None = None) -> VisionLanguageModel:

@@ -15,6 +15,7 @@ from qwenvl_mlx.errors import GenerationError, QwenVLError
 
 if TYPE_CHECKING:
     from qwenvl_mlx.engine.options import EngineOptions, GenerationOptions
+    from qwenvl_mlx.layers.shard import Group
     from qwenvl_mlx.processor.base import MediaOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -204,6 +205,19 @@ def use_device(name: str | None) -> None:
     if name == "gpu" and not mx.is_available(mx.gpu):
         raise GenerationError("MLX finds no GPU on this machine: use --device cpu")
     mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
+
+
+def machines() -> Group | None:
+    """The group that ``mlx.launch`` has started this process in; all but its first member fall silent."""
+    if "MLX_RANK" not in os.environ:
+        return None
+    import mlx.core as mx
+
+    group = mx.distributed.init()
+    if group.rank():
+        silence = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
+        sys.stdout = sys.stderr = silence
+    return group
 
 
 def set_up_logging(args: argparse.Namespace) -> None:

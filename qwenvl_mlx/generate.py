@@ -101,7 +101,10 @@ def _work(args: argparse.Namespace) -> None:
     from qwenvl_mlx.api import load
     from qwenvl_mlx.engine import Engine
 
-    model, processor = load(args.model, dtype=args.dtype)
+    group = cli.machines()
+    if group is not None and options.seed is None:
+        options = dataclasses.replace(options, seed=0)  # all must draw the same
+    model, processor = load(args.model, dtype=args.dtype, group=group)
     media = cli.media_options(args)
     prompt = (
         processor.raw(args.prompt, args.media, options=media)

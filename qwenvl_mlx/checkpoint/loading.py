@@ -16,6 +16,7 @@ from qwenvl_mlx.checkpoint.quantized import unpack
 from qwenvl_mlx.checkpoint.reading import Weights, open_checkpoint
 from qwenvl_mlx.config import one_of, read_json
 from qwenvl_mlx.errors import CheckpointError, ConfigError
+from qwenvl_mlx.layers.shard import Group
 from qwenvl_mlx.models import model_class
 from qwenvl_mlx.models.base import VisionLanguageModel
 
@@ -35,17 +36,22 @@ LARGEST = {
 BIASLESS_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
 
 
-def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> VisionLanguageModel:
+def load_model(
+    path: str | os.PathLike[str], dtype: str | None = None, *, group: Group | None = None
+) -> VisionLanguageModel:
     """Load the checkpoint in the folder ``path``, PyTorch or MLX, plain or quantised.
 
     ``dtype`` ("float32", "bfloat16", "float16"): type of what is not packed integers; None: as stored.
+    ``group``: machines that share the model; this one keeps its part.
     Raises ``CheckpointError`` or ``ConfigError``.
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
     model = build(config)
-    weights = _read_all(folder, type(model), config, mlx_dtype(dtype))
-    fill(model, weights, folder)
+    # Held by nobody but the model: what prepare() joins is freed layer by layer.
+    fill(model, read_all(folder, type(model), config, mlx_dtype(dtype)), folder)
+    if group is not None and group.size() > 1:
+        model.shard(group)
     model.prepare()
     mx.eval(model.parameters())
     return model
@@ -156,9 +162,10 @@ def module_settings(path: str, weights: Weights, inputs: int) -> dict[str, Any]:
     return {"bits": bits, "group_size": group, "mode": mode}
 
 
-def _read_all(
+def read_all(
     folder: Path, cls: type[VisionLanguageModel], config: Mapping[str, Any], dtype: mx.Dtype | None
 ) -> Weights:
+    """All tensors of a folder as ``arrange`` gives them, in ``dtype``."""
     source = open_checkpoint(folder)
     weights: Weights = {}
     for batch in range(len(source)):

@@ -14,6 +14,7 @@ from qwenvl_mlx.layers.linear import join, join_children, joinable, map_rows, pr
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles
+from qwenvl_mlx.layers.shard import Group, part_of, split_heads, split_inputs, split_outputs
 
 mlx_lm = leaf("models.base")
 
@@ -72,6 +73,13 @@ class Attention(nn.Module):
     def output(self) -> nn.Module:
         """The last product, which the decoder layer adds to its stream."""
         return self.o_proj
+
+    def shard(self, group: Group) -> None:
+        """Keep this machine's heads."""
+        self.heads = part_of(self.heads, group, "attention heads")
+        split_outputs(self.q_proj, group)
+        self.kv_heads = split_heads([self.k_proj, self.v_proj], self.kv_heads, self.size, group)
+        self.o_proj = split_inputs(self.o_proj, group)
 
     def prepare(self) -> None:
         """Join the three products into one, and the norms' weights of all heads."""

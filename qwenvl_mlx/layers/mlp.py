@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from qwenvl_mlx.layers.linear import join_children, joinable, project
 from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.layers.shard import Group, split_inputs, split_inputs_unsummed, split_outputs
 
 switch = leaf("models.switch_layers")
 
@@ -36,6 +37,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
+    def shard(self, group: Group) -> None:
+        """Keep this machine's part of the inner width."""
+        for name in GATE_UP:
+            split_outputs(self[name], group)
+        self.down_proj = split_inputs(self.down_proj, group)
+
     def prepare(self) -> None:
         """Join gate and up into one product."""
         join_children(self, GATE_UP, "gate_up_proj")
@@ -61,8 +68,16 @@ class Experts(nn.Module):
     def __init__(self, hidden: int, inner: int, experts: int, top: int) -> None:
         super().__init__()
         self.top = top
+        self.group: Group | None = None
         self.gate = nn.Linear(hidden, experts, bias=False)
         self.switch_mlp: Any = switch.SwitchGLU(hidden, inner, experts)
+
+    def shard(self, group: Group) -> None:
+        """Keep this machine's part of every expert's inner width."""
+        for name in GATE_UP:
+            split_outputs(self.switch_mlp[name], group)
+        split_inputs_unsummed(self.switch_mlp.down_proj, group)
+        self.group = group
 
     def prepare(self) -> None:
         """Join gate and up of all experts: with them SwitchGLU becomes mlx-lm's two-layer SwitchMLP."""
@@ -82,7 +97,7 @@ class Experts(nn.Module):
         weights = mx.softmax(mx.take_along_axis(logits, best, axis=-1), axis=-1, precise=True)
         outputs = self._experts(x, best)  # [B, L, top, hidden]
         mixed: mx.array = (weights[..., None, :].astype(x.dtype) @ outputs).squeeze(-2)
-        return mixed
+        return mixed if self.group is None else mx.distributed.all_sum(mixed, group=self.group)
 
     def _experts(self, x: mx.array, best: mx.array) -> mx.array:
         plain = "fc1" in self.switch_mlp and "scales" not in self.switch_mlp.fc1

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.shard import Group
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
 
@@ -42,6 +43,12 @@ class VisionLanguageModel(nn.Module, ABC):
     def keep_float32(cls, name: str) -> bool:
         """Whether this parameter stays in float32 whatever type the rest of the model is loaded in."""
         return False
+
+    def shard(self, group: Group) -> None:
+        """Called once before ``prepare``, to keep only this machine's part of the decoder's layers."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "shard"):
+                module.shard(group)
 
     def prepare(self) -> None:  # a generation without such layouts needs nothing here
         """Called once after loading: join weights, compute tables. Layouts made here are never stored."""

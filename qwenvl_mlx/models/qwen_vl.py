@@ -19,6 +19,7 @@ from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
 from qwenvl_mlx.layers.linear import add_linear, join, joinable
 from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.layers.shard import Group, part_of, split_inputs, split_outputs
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
@@ -87,10 +88,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
 
+    def shard(self, group: Group) -> None:
+        """Keep this machine's heads."""
+        self._heads = part_of(self._heads, group, "attention heads")
+        split_outputs(self.c_attn, group, segments=3)
+        self.c_proj = split_inputs(self.c_proj, group)
+
     def __call__(
         self, residual: mx.array, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any
     ) -> mx.array:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         heads = self.c_attn(x).reshape(batch, length, 3 * self._heads, -1).transpose(0, 2, 1, 3)
         rotated = positions.rotate(heads[:, : 2 * self._heads])  # queries and keys in one call
         query, key = rotated[:, : self._heads], rotated[:, self._heads :]
@@ -103,7 +110,7 @@ class Attention(nn.Module):
         else:
             scale *= positions.query_factor
         x = attention.scaled_dot_product_attention(query, key, value, layer, scale=scale, mask=mask)
-        x = x.transpose(0, 2, 1, 3).reshape(batch, length, width)
+        x = x.transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return add_linear(residual, self.c_proj, x)
 
 
@@ -116,6 +123,12 @@ class MLP(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, width, bias=bias)
         self.w2 = nn.Linear(config.hidden_size, width, bias=bias)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
+
+    def shard(self, group: Group) -> None:
+        """Keep this machine's part of the inner width."""
+        split_outputs(self.w1, group)
+        split_outputs(self.w2, group)
+        self.c_proj = split_inputs(self.c_proj, group)
 
     def prepare(self) -> None:
         if joinable(self.w1, self.w2):

@@ -1,0 +1,73 @@
+"""Tensor parallelism: cut linear layers over the machines of a group, each part of a layer on one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_inplace, shard_linear
+
+from qwenvl_mlx.errors import ConfigError
+from qwenvl_mlx.layers.linear import map_rows
+
+Group = mx.distributed.Group
+
+
+def split_outputs(layer: nn.Module, group: Group, *, segments: int = 1) -> None:
+    """Keep this machine's part of the outputs. ``segments``: layers that are joined in this one, cut one by one."""
+    shard_inplace(layer, "all-to-sharded", segments=segments, group=group)
+    mx.eval(layer.parameters())  # now: the whole model never stands in one machine's memory
+
+
+def split_inputs(layer: nn.Module, group: Group) -> Any:
+    """A layer that takes this machine's part of the inputs and gives the sum over all machines."""
+    _check_groups(layer, group)
+    part: nn.Module = shard_linear(layer, "sharded-to-all", group=group)
+    mx.eval(part.parameters())
+    return part
+
+
+def split_inputs_unsummed(layer: nn.Module, group: Group) -> None:
+    """Keep this machine's part of the inputs; the caller sums."""
+    _check_groups(layer, group)
+    shard_inplace(layer, "sharded-to-all", group=group)
+    mx.eval(layer.parameters())
+
+
+def split_heads(layers: list[nn.Module], heads: int, size: int, group: Group) -> int:
+    """Keep this machine's heads of ``size`` outputs each; returns their number.
+
+    With fewer heads than machines, neighbours hold the same one.
+    """
+    machines = group.size()
+    if heads < machines and machines % heads == 0:
+        first = group.rank() * heads // machines * size
+        for layer in layers:
+            _keep_rows(layer, first, first + size)
+        return 1
+    for layer in layers:
+        split_outputs(layer, group)
+    return part_of(heads, group, "heads")
+
+
+def part_of(count: int, group: Group, what: str) -> int:
+    """This machine's number of ``what``; ``ConfigError`` where they can't be dealt out evenly."""
+    if count % group.size():
+        raise ConfigError(
+            f"{count} {what} can't be cut over {group.size()} machines: take a divisor of {count}"
+        )
+    return count // group.size()
+
+
+def _keep_rows(layer: nn.Module, begin: int, end: int) -> None:
+    map_rows(layer, lambda name: mx.contiguous(layer[name][begin:end]))
+
+
+def _check_groups(layer: nn.Module, group: Group) -> None:
+    """Groups of quantised weights must not be cut through."""
+    if "scales" in layer and layer.scales.shape[-1] % group.size():
+        raise ConfigError(
+            f"{layer.scales.shape[-1]} groups of quantised weights can't be cut over {group.size()} machines: "
+            "quantise with a smaller --q-group-size"
+        )
