@@ -61,6 +61,15 @@ def parser() -> argparse.ArgumentParser:
         help="quantise the vision tower too (default: 8 bits)",
     )
     add(
+        "--q-calibrate",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE.json",
+        help="quantise by GPTQ on built-in texts and pictures, or on a list of texts and conversations; "
+        "needs the source in memory",
+    )
+    add(
         "--q-report",
         choices=REPORTS,
         default="auto",
@@ -83,6 +92,7 @@ def _convert(args: argparse.Namespace) -> None:
         q_recipe=args.q_recipe,
         q_vision=args.q_vision,
         q_report=args.q_report,
+        q_calibrate=args.q_calibrate,
         dtype=args.dtype,
         dequantize=args.dequantize,
         revision=args.revision,

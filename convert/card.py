@@ -80,6 +80,8 @@ def _form(options: ConvertOptions) -> str:
         parts.append(
             f"{settings.bits} bits in groups of {settings.group_size} ({settings.mode}, {options.recipe})"
         )
+    if options.calibrate:
+        parts.append("rounded by GPTQ on texts and pictures")
     if options.vision_bits:
         parts.append(f"vision tower at {options.vision_bits} bits")
     if options.dequantise:

@@ -37,7 +37,8 @@ class Settings:
 class ConvertOptions:
     """``quantise``: settings of ordinary modules, None to leave them as they are. ``vision_bits``: for the linear
     layers of the vision tower, None to leave them as they are. ``dtype``: of everything else, None as stored.
-    ``report``: whether the behaviours of source and result are compared, see ``quality``.
+    ``report``: whether the behaviours of source and result are compared, see ``quality``. ``calibrate``: quantise
+    with regard to the inputs that modules get, see ``calibrate``.
     """
 
     quantise: Settings | None = None
@@ -46,6 +47,7 @@ class ConvertOptions:
     dtype: str | None = None
     dequantise: bool = False
     report: str = "auto"
+    calibrate: bool = False
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -53,6 +55,7 @@ class ConvertOptions:
             "recipe": self.recipe if self.quantise else None,
             "vision_bits": self.vision_bits,
             "dtype": self.dtype,
+            "calibrated": self.calibrate,
             "dequantise": self.dequantise,
         }
 
@@ -66,6 +69,7 @@ def make_options(
     q_recipe: str = "uniform",
     q_vision: int | bool | None = None,
     q_report: str = "auto",
+    q_calibrate: bool = False,
     dtype: str | None = None,
     dequantize: bool = False,
 ) -> ConvertOptions:
@@ -75,6 +79,8 @@ def make_options(
     one_of(dtype, (None, *DTYPES), key="dtype", where="convert")
     if quantize and dequantize:
         raise ConfigError("quantising and dequantising exclude each other: choose -q or -d")
+    if q_calibrate and not (quantize and q_mode == "affine"):
+        raise ConfigError("calibration is for quantising in affine mode: add -q, leave --q-mode out")
     settings = _settings(q_bits, q_group_size, q_mode) if quantize else None
     return ConvertOptions(
         quantise=settings,
@@ -83,6 +89,7 @@ def make_options(
         dtype=dtype,
         dequantise=dequantize,
         report=q_report,
+        calibrate=q_calibrate,
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,16 +30,72 @@ QUESTIONS = (
 )
 
 
+CALIBRATION_TEXTS = (
+    "Bread needs four things: flour, water, salt and time. Mix the first three in the evening, cover the bowl, and "
+    "let the dough rise overnight. In the morning fold it twice, shape a loaf, and bake it until it is brown.",
+    "The committee met on 14 March 2021 to discuss the budget. Revenue had grown by 12.5 percent, costs by 9.8 "
+    "percent; the chair asked for a second estimate before any contract was signed.",
+    "Light travels about 300,000 kilometres in a second. It takes eight minutes from the sun to the earth, four years "
+    "to the next star, and a hundred thousand years across our galaxy.",
+    "A: Is the museum open today? B: Yes, until six o'clock. Take the second street on the left, walk past the "
+    "church, and you will see a tall building with green doors.",
+    "北京是中国的首都，有三千多年的历史。故宫位于城市的中心，每年接待上千万名游客。秋天的香山红叶满山，是人们喜欢去的地方。",
+    "人工智能正在改变我们的生活：手机可以识别照片里的物体，汽车能够自动驾驶，医生借助模型更早地发现疾病。",
+    "Der Zug nach München fährt um 9:42 Uhr von Gleis 7. Reisende werden gebeten, ihre Plätze rechtzeitig einzunehmen.",
+    "Le marché ouvre à sept heures. On y trouve des pommes, du fromage, des fleurs et parfois un musicien qui chante.",
+    "import json\n\n\ndef load(path):\n    with open(path) as file:\n        rows = [json.loads(line) for line in file]"
+    "\n    return {row['id']: row for row in rows if row['score'] > 0.5}",
+    '{"name": "get_weather", "arguments": {"city": "Hangzhou", "unit": "celsius", "days": [1, 2, 3]}}',
+)
+CALIBRATION_QUESTIONS = (
+    "What is shown here? Answer in one sentence.",
+    "Count the objects and give the colour of each of them.",
+    "Where is the largest object? Give its place in the picture.",
+    "请详细描述这张图片。",
+    "图中有几个圆形？它们是什么颜色？",
+    "Is there anything red in this picture? Is it left or right of the middle?",
+)
+
+
 def probes(processor: Processor) -> Iterator[Prompt]:
+    """What behaviours are compared on."""
+    yield from _prompts(processor, TEXTS, QUESTIONS, seed=0)
+
+
+def calibration(processor: Processor, file: Path | None = None) -> Iterator[Prompt]:
+    """What quantising is calibrated on: other texts and pictures, or those of ``file``.
+
+    ``file``: JSON, a list of texts and of conversations (lists of OpenAI-style messages). Raises ``PromptError``.
+    """
+    if file is None:
+        yield from _prompts(processor, CALIBRATION_TEXTS, CALIBRATION_QUESTIONS, seed=100)
+        return
+    for item in _read(file):
+        yield processor.raw(item) if isinstance(item, str) else processor(item)
+
+
+def _prompts(
+    processor: Processor, texts: Sequence[str], questions: Sequence[str], *, seed: int
+) -> Iterator[Prompt]:
     """Plain texts, and questions about drawn pictures; without the latter where the checkpoint has no chat template."""
-    for text in TEXTS:
+    for text in texts:
         yield processor.raw(text)
-    for seed, question in enumerate(QUESTIONS):
-        parts = [{"type": "image", "image": picture(seed)}, {"type": "text", "text": question}]
+    for number, question in enumerate(questions, seed):
+        parts = [{"type": "image", "image": picture(number)}, {"type": "text", "text": question}]
         try:
             yield processor([{"role": "user", "content": parts}], options=MediaOptions(max_pixels=PIXELS))
         except PromptError:
             return
+
+
+def _read(file: Path) -> list[Any]:
+    try:
+        items = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{file} can't be read ({error}): give a JSON file to --q-calibrate") from error
+    if not isinstance(items, list) or not items or not all(isinstance(item, str | list) for item in items):
+        raise PromptError(f"{file} is no list of texts and conversations: see --help")
+    return items
 
 
 def picture(seed: int) -> Image.Image:

@@ -118,15 +118,14 @@ def _sizes(plan: Plan) -> Mapping[str, int]:
 
 
 def _behaviour(plan: Plan, source: Path, result: Path) -> tuple[Behaviour | None, str]:
-    size = sum(path.stat().st_size for path in plan.source.files.paths)
     report = plan.options.report
     if not plan.recipe:
         return None, ""
     if report == "weights":
         return None, "behaviour was not asked for"
-    if report == "auto" and size > SMALL_SOURCE:
+    if report == "auto" and _source_bytes(plan) > SMALL_SOURCE:
         return None, "behaviour was not measured, which needs the source in memory: --q-report full"
-    if size > MEMORY_SHARE * _memory():
+    if not fits_memory(plan):
         return None, "behaviour was not measured: the source does not fit into this machine's memory"
     try:
         prompts = list(probes(load_processor(result, read_json(result / "config.json"))))
@@ -149,8 +148,7 @@ def compare(source: Path, result: Path, prompts: list[Prompt]) -> Behaviour:
 
 def _distributions(folder: Path, prompts: list[Prompt]) -> list[mx.array]:
     """Logarithms of next-token probabilities ``[positions, vocab]``, float32, for each prompt."""
-    # On the CPU, half precision takes several times as long.
-    model = load_model(folder, "float32" if mx.default_device() == mx.cpu else None)
+    model = load_model(folder, working_dtype())
     result = []
     for prompt in prompts:
         logits = model.logits(prompt)[0, -LAST:].astype(mx.float32)
@@ -159,8 +157,19 @@ def _distributions(folder: Path, prompts: list[Prompt]) -> list[mx.array]:
     return result
 
 
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def working_dtype() -> str | None:
+    """The type to compute in: as stored, but on the CPU, where half precision takes several times as long."""
+    return "float32" if mx.default_device() == mx.cpu else None
+
+
+def fits_memory(plan: Plan) -> bool:
+    """Whether the source can be held by this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _source_bytes(plan) < MEMORY_SHARE * memory
+
+
+def _source_bytes(plan: Plan) -> int:
+    return sum(path.stat().st_size for path in plan.source.files.paths)
 
 
 def _bytes(count: int) -> str:

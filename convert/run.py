@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from tqdm import tqdm
 from qwenvl_mlx import __version__, hub
 from qwenvl_mlx.checkpoint.writing import write_json, write_shards, write_text
 from qwenvl_mlx.config import read_json
+from qwenvl_mlx.convert.calibrate import calibrate
 from qwenvl_mlx.convert.card import card
 from qwenvl_mlx.convert.carry import carry_over, checksums
 from qwenvl_mlx.convert.folder import check_space, finished_folder, refuse_existing
 from qwenvl_mlx.convert.options import ConvertOptions, Settings, make_options
+from qwenvl_mlx.convert.probes import calibration
 from qwenvl_mlx.convert.quality import Quality, measure
 from qwenvl_mlx.convert.recipe import Recipe
 from qwenvl_mlx.convert.transform import Plan, Stream, make_plan
+from qwenvl_mlx.processor.load import load_processor
 
 REMOTE_CODE = "auto_map"  # names Python files, which are neither carried over nor ever run
 
@@ -43,6 +47,7 @@ def convert(
     q_recipe: str = "uniform",
     q_vision: int | bool | None = None,
     q_report: str = "auto",
+    q_calibrate: bool | str | os.PathLike[str] = False,
     dtype: str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
@@ -53,7 +58,8 @@ def convert(
     ``quantize`` with ``q_bits`` (4), ``q_group_size`` (64), ``q_mode`` and ``q_recipe``; ``q_vision``: bits of the
     vision tower's linear layers (True: 8). ``dtype``: type of what is not quantised, None as stored. ``dequantize``:
     turn quantised modules into floating point. ``q_report``: whether source and result are loaded and compared
-    ("full": where they fit memory; "auto": small ones; "weights": never). ``upload_repo``: upload the result to this
+    ("full": where they fit memory; "auto": small ones; "weights": never). ``q_calibrate``: quantise by GPTQ on built-in
+    texts and pictures (True) or those of a JSON file. ``upload_repo``: upload the result to this
     Hugging Face repository. The folder appears only when it is complete. Raises ``HubError``, ``ConfigError``,
     ``CheckpointError`` and ``OutputError``.
     """
@@ -65,6 +71,7 @@ def convert(
         q_recipe=q_recipe,
         q_vision=q_vision,
         q_report=q_report,
+        q_calibrate=bool(q_calibrate),
         dtype=dtype,
         dequantize=dequantize,
     )
@@ -74,10 +81,17 @@ def convert(
     name = source.resolve().name if Path(hf_path).expanduser().is_dir() else str(hf_path)
     plan = make_plan(source, read_json(source / "config.json"), options)
     with finished_folder(target) as folder:
+        if q_calibrate:
+            plan = _calibrated(plan, source, None if q_calibrate is True else Path(q_calibrate))
         quality = write_folder(plan, source, folder, name=name)
     if upload_repo:
         hub.upload(target, upload_repo)
     return Result(target, quality)
+
+
+def _calibrated(plan: Plan, source: Path, file: Path | None) -> Plan:
+    prompts = list(calibration(load_processor(source, plan.config), file))
+    return dataclasses.replace(plan, calibrated=calibrate(plan, source, prompts))
 
 
 def write_folder(plan: Plan, source: Path, folder: Path, *, name: str) -> Quality:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ SAMPLED_ROWS = 256  # of a matrix, for its error: their norm tells that of the w
 class Plan:
     """A conversion with every shape known and nothing computed.
 
+    ``wanted``: settings of modules to quantise anew; ``calibrated``: those that are quantised already, by their path.
     ``outlines``: the tensors of the result; ``owners``: the source's batch that each comes from; ``recipe``: settings
     of the modules that are quantised in the result.
     """
@@ -51,6 +52,7 @@ class Plan:
     parameters: frozenset[str]
     outlines: Mapping[str, Outline]
     owners: Mapping[str, int]
+    calibrated: Mapping[str, Weights] = field(default_factory=dict)
 
 
 def make_plan(folder: Path, config: Mapping[str, Any], options: ConvertOptions) -> Plan:
@@ -100,7 +102,7 @@ def compute(plan: Plan, weights: Weights) -> Computed:
         if quantised and kind == "weight":
             _add_requantised(result, plan, path, weights)
         elif kind == "weight" and path in plan.wanted:
-            _add_quantised(result, path, cast_floating(name, array, plan.cls, dtype), plan.wanted[path])
+            _add_quantised(result, plan, path, cast_floating(name, array, plan.cls, dtype))
         else:
             result.weights[name] = cast_floating(name, array, plan.cls, dtype)
     return result
@@ -175,8 +177,8 @@ def relative_error(original: mx.array, weights: Weights, path: str, settings: Se
     return float(np.linalg.norm(np.array(difference))) / norm if norm else 0.0
 
 
-def _add_quantised(result: Computed, path: str, weight: mx.array, settings: Settings) -> None:
-    result.weights.update(quantise(path, weight, settings))
+def _add_quantised(result: Computed, plan: Plan, path: str, weight: mx.array) -> None:
+    result.weights.update(plan.calibrated.get(path) or quantise(path, weight, plan.wanted[path]))
     result.originals[path] = weight
 
 
@@ -195,7 +197,7 @@ def _add_requantised(result: Computed, plan: Plan, path: str, weights: Weights) 
     if wanted is None:
         result.weights[f"{path}.weight"] = weight
     else:
-        _add_quantised(result, path, weight, wanted)
+        _add_quantised(result, plan, path, weight)
 
 
 def _recipe_of(outlines: Weights, modules: Mapping[str, int]) -> Recipe:

@@ -122,11 +122,13 @@ def test_safetensors_arrays_are_lazy(tmp_path: Path) -> None:
 def test_torch_files_are_read_one_module_at_a_time(tmp_path: Path) -> None:
     """What bounds the memory of a conversion."""
     names = ("h.0.attn.weight", "h.0.attn.bias", "h.1.attn.weight", "lm_head.weight")
+    names += ("m.experts.0.up.weight", "m.experts.1.up.weight")
     source = open_checkpoint(save_torch(tmp_path, {name: torch.zeros(2) for name in names}))
     assert [sorted(source.read(batch)) for batch in range(len(source))] == [
         ["h.0.attn.bias", "h.0.attn.weight"],
         ["h.1.attn.weight"],
         ["lm_head.weight"],
+        ["m.experts.0.up.weight", "m.experts.1.up.weight"],
     ]
 
 

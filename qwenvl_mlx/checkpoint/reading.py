@@ -92,8 +92,9 @@ def _merged(files: WeightFiles, scan: Callable[[Path], Mapping[str, T]]) -> dict
 
 
 def _modules(tensors: dict[str, TorchTensor]) -> tuple[tuple[TorchTensor, ...], ...]:
-    """Tensors grouped by the module that owns them, in the order of their names."""
+    """Tensors grouped by the module that owns them, a layer's experts together, in the order of their names."""
     groups: dict[str, list[TorchTensor]] = {}
     for name in sorted(tensors):
-        groups.setdefault(name.rpartition(".")[0], []).append(tensors[name])
+        layer, experts, _ = name.partition(".experts.")
+        groups.setdefault(layer if experts else name.rpartition(".")[0], []).append(tensors[name])
     return tuple(tuple(group) for group in groups.values())
