@@ -83,8 +83,6 @@ def _engine(
     model: VisionLanguageModel, processor: Processor | None, options: dict[str, Any]
 ) -> tuple[Engine, dict[str, Any]]:
     """Sort named options by whom they belong to; ``GenerationError`` for a name that nobody knows."""
-    if isinstance(options.get("stop"), str):
-        options["stop"] = (options["stop"],)
     arguments: dict[str, Any] = {name: options.pop(name) for name in ("tools", "template") if name in options}
     arguments["options"] = GenerationOptions(**_fields_of(GenerationOptions, options))
     arguments["media"] = MediaOptions(**_fields_of(MediaOptions, options))

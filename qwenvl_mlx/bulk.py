@@ -184,8 +184,6 @@ def _options(usual: GenerationOptions, fields: Record, task: Task) -> Generation
     unknown = fields.keys() - names
     if unknown:
         raise PromptError(f"line {task.line}: {', '.join(sorted(unknown))} is not known")
-    if "stop" in fields:
-        fields["stop"] = tuple(_as_list(fields["stop"]))
     try:
         return dataclasses.replace(usual, **fields)
     except TypeError as error:

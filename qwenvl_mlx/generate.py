@@ -237,6 +237,7 @@ def as_json(reply: Reply) -> dict[str, Any]:
         "prompt_token_ids": reply.prompt_token_ids,
         "finish_reason": reply.finish_reason,
         "boxes": [dataclasses.asdict(box) for box in reply.boxes],
+        "picture_sizes": reply.picture_sizes,
         "timings": dataclasses.asdict(reply.timings),
     }
 

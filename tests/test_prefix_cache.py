@@ -94,7 +94,7 @@ def test_features_outlive_their_kv_rows(model: FakeModel) -> None:
     with engine_for(model) as engine:
         engine.generate(prompt, OPTIONS)
         engine.generate("x", OPTIONS)  # the loop has kept the first one when it takes this one
-        engine._loop.prefixes._entries.clear()
+        engine._loop.prefixes.shrink(0)
         encoded = list(model.encoded)
         warm = engine.generate(prompt, OPTIONS)
     assert model.encoded == encoded

@@ -145,6 +145,11 @@ class Engine:
         """Requests that are being read or answered."""
         return self._loop.running
 
+    @property
+    def remembered_bytes(self) -> int:
+        """What the prefix cache holds."""
+        return self._loop.prefixes.nbytes
+
     def close(self) -> None:
         """End the engine after the step that it is in; requests under way fail with ``GenerationError``."""
         with self._lock:

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # What one request's prompt can cause: our own errors, and MLX's for shapes and memory. The others go on.
 REQUEST_FAULTS = (QwenVLError, RuntimeError, ValueError, MemoryError)
+# MLX keeps freed buffers for reuse; after prompts and while caches grow, most are of sizes that never return.
+STEPS_BETWEEN_CLEANING = 256
 
 
 class Loop:
@@ -62,6 +64,7 @@ class Loop:
         self._prefill: Prefill | None = None
         self._slices: Iterator[None] = iter(())
         self._closing = threading.Event()
+        self._steps = 0
         self.fault: BaseException | None = None
 
     @property
@@ -89,6 +92,10 @@ class Loop:
 
     def run(self) -> None:
         try:
+            if memory.on_gpu():
+                mx.set_wired_limit(
+                    memory.working_set()
+                )  # macOS must not page the weights out between requests
             while not self._closing.is_set():
                 self._receive()
                 self._read()
@@ -125,14 +132,12 @@ class Loop:
             self._prefill = None
             return
         try:
-            unfinished = next(self._slices, self) is None
+            if next(self._slices, self) is None:
+                return
+            self._join(self._prefill)
         except REQUEST_FAULTS as error:
             self._fail(sequence.request, error)
-            self._prefill = None
-            return
-        if not unfinished:
-            prefill, self._prefill = self._prefill, None
-            self._join(prefill)
+        self._prefill = None
 
     def _admits(self, request: Request) -> bool:
         """Whether there is a place and memory for one more. What is only remembered makes room."""
@@ -173,17 +178,30 @@ class Loop:
             lane = Batch(self._model)
             self._lanes.append(lane)
         lane.add(row, prefill.cache, prefill.logits)
+        mx.clear_cache()
 
     def _decode(self) -> None:
         for lane in self._lanes:
-            for row, cache in lane.step():
+            try:
+                ended = lane.step()
+            except (
+                REQUEST_FAULTS
+            ) as error:  # the memory of the device, most likely: who shares it shares this
+                for row in lane.rows:
+                    self._fail(row.sequence.request, error)
+                lane.clear()
+                continue
+            for row, cache in ended:
                 self._ended(row, cache)
         self._lanes = [lane for lane in self._lanes if len(lane)]
+        self._steps += 1
+        if self._steps % STEPS_BETWEEN_CLEANING == 0:
+            mx.clear_cache()
 
     def _ended(self, row: Row, cache: Cache) -> None:
         answer = np.array(row.sequence.tokens[: row.fed], np.int64)
         self._remember(np.concatenate([row.prompt_ids, answer]), row.rope_key, cache)
-        mx.clear_cache()  # keeps long runs from piling up buffers of sizes that never return
+        mx.clear_cache()
 
     def _remember(self, ids: Ids, rope_key: float, cache: Cache) -> None:
         if self.prefixes.budget:

@@ -62,9 +62,11 @@ class PrefixCache:
         self._entries: OrderedDict[int, Entry] = OrderedDict()
         self._features: OrderedDict[str, Features] = OrderedDict()
         self._names = count()
+        self._entry_bytes = self._feature_bytes = 0
 
     @property
     def nbytes(self) -> int:
+        """Bytes that are kept, KV rows and features."""
         return self._entry_bytes + self._feature_bytes
 
     def __len__(self) -> int:
@@ -87,14 +89,15 @@ class PrefixCache:
         for name, old in list(self._entries.items()):
             covered = old.rope_key == rope_key and _common(old.ids, ids) == len(old.ids)
             if covered and (cache.trimmable or len(old.ids) == len(ids)):
-                del self._entries[name]
+                self._forget(name)
         self._entries[next(self._names)] = entry
+        self._entry_bytes += entry.cache.nbytes
         self.shrink(int(self.budget * (1 - FEATURE_SHARE)))
 
     def shrink(self, count: int) -> None:
         """Forget the oldest entries until the KV rows take no more than ``count`` bytes."""
         while self._entry_bytes > count:
-            self._entries.popitem(last=False)
+            self._forget(next(iter(self._entries)))
 
     def features(self, digest: str) -> Features | None:
         """What the vision tower gave for this content, if it is still here."""
@@ -105,21 +108,18 @@ class PrefixCache:
     def put_features(self, digest: str, features: Features) -> None:
         """Keep the vision tower's result."""
         self._features[digest] = features
+        self._feature_bytes += features.nbytes
         while self._feature_bytes > self.budget * FEATURE_SHARE:
-            self._features.popitem(last=False)
+            self._feature_bytes -= self._features.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
         self._features.clear()
+        self._entry_bytes = self._feature_bytes = 0
 
-    @property
-    def _entry_bytes(self) -> int:
-        return sum(entry.cache.nbytes for entry in self._entries.values())
-
-    @property
-    def _feature_bytes(self) -> int:
-        return sum(features.nbytes for features in self._features.values())
+    def _forget(self, name: int) -> None:
+        self._entry_bytes -= self._entries.pop(name).cache.nbytes
 
 
 def share(cache: Cache, length: int) -> Cache:
