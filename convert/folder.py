@@ -75,7 +75,7 @@ def _translated(target: Path) -> Iterator[None]:
             raise OutputError(
                 f"no space left while writing {target}: free some, or pass another --mlx-path"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG):
             raise OutputError(
                 f"{target} can't be written ({error.strerror}): pass another --mlx-path"
             ) from error

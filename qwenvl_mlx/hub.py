@@ -26,17 +26,18 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weight
     HF_HUB_OFFLINE and the cache are as that library has them; ``"modelscope:owner/name"``.
     ``weights=False``: configuration and tokenizer files only. Raises ``HubError``.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path, text = Path(name).expanduser(), os.fspath(name)
+    if text and path.is_dir():
         return path
-    text = os.fspath(name)
     if text == DEMO:
         return _demo()
     if text.startswith(MODELSCOPE):
         return _modelscope(text.removeprefix(MODELSCOPE), revision, weights=weights)
     hub = HUB_NAME.fullmatch(text)
     if hub is None or text.startswith(".") or path.exists():
-        raise HubError(f"{text} is neither a folder nor a name like owner/model{_similar(path)}")
+        raise HubError(
+            f"{text or repr(text)} is neither a folder nor a name like owner/model{_similar(path)}"
+        )
     return _hugging_face(hub["repo"], revision or hub["revision"], weights=weights)
 
 

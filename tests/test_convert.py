@@ -6,16 +6,19 @@ import errno
 import hashlib
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from helpers import HERE, reference
 from safetensors import safe_open
 
@@ -165,6 +168,23 @@ def test_the_result_does_not_depend_on_the_shards(tmp_path: Path) -> None:
     two = convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "2", quantize=True)
     weights = "model-00001-of-00001.safetensors"
     assert digests(one)[weights] == digests(two)[weights]
+
+
+@pytest.mark.parametrize(
+    "source", ["qwen2_vl/tiny-hub", "qwen2_vl/tiny-gptq-int4", "qwen3_vl/tiny", "qwen3_5/tiny"]
+)
+def test_the_result_does_not_depend_on_the_kind_of_files(tmp_path: Path, source: str) -> None:
+    """Torch files are read module by module: what a generation does to names and shapes must hold for each alone."""
+    folder = reference(source)
+    bins = tmp_path / "bins"
+    bins.mkdir()
+    tensors = {name: torch.from_dlpack(array) for name, array in read(folder).items()}
+    torch.save(tensors, bins / "pytorch_model.bin")
+    shutil.copy(folder / "config.json", bins)
+    weights = "model-00001-of-00001.safetensors"
+    assert (
+        digests(convert(bins, tmp_path / "1"))[weights] == digests(convert(folder, tmp_path / "2"))[weights]
+    )
 
 
 def test_shards_are_cut_at_their_limit(tmp_path: Path) -> None:
@@ -419,6 +439,18 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(OutputError, match="no space left"):
         convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_the_system_refuses_to_let_grow_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on file sizes, through the command: as near to a full disk as a test may come."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = command(
+        "--hf-path", reference(f"{ORIGINAL}/bin_bf16"), "--mlx-path", tmp_path / "m", preexec_fn=limit
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "pass another --mlx-path" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -231,9 +231,8 @@ def test_a_name_that_is_nearly_a_folder_gets_a_hint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "qwen", "a/b/c", "./a/b", "/a/b", "a b/c"])
 def test_what_is_no_name_is_refused_without_asking_anybody(name: str) -> None:
-    if name:
-        with pytest.raises(HubError, match="neither a folder nor a name"):
-            resolve(name)
+    with pytest.raises(HubError, match="neither a folder nor a name"):
+        resolve(name)
 
 
 def test_modelscope_names_go_to_its_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
