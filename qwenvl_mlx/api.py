@@ -86,7 +86,8 @@ def _engine(
     arguments: dict[str, Any] = {name: options.pop(name) for name in ("tools", "template") if name in options}
     arguments["options"] = GenerationOptions(**_fields_of(GenerationOptions, options))
     arguments["media"] = MediaOptions(**_fields_of(MediaOptions, options))
-    engine_options = EngineOptions(**_fields_of(EngineOptions, options))
+    # One answer: nothing is worth remembering.
+    engine_options = EngineOptions(**{"cache_bytes": 0, **_fields_of(EngineOptions, options)})
     if options:
         raise GenerationError(f"{', '.join(options)}: not an option of generation; see GenerationOptions")
     return Engine(model, processor or BareProcessor(), engine_options), arguments

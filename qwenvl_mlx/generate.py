@@ -111,7 +111,8 @@ def _work(args: argparse.Namespace) -> None:
         if args.raw
         else processor(messages, options=media)
     )
-    with Engine(model, processor, cli.engine_options(args)) as engine:
+    usual = dataclasses.replace(cli.engine_options(args), cache_bytes=0)  # one answer: nothing to remember
+    with Engine(model, processor, usual) as engine:
         events = engine.stream(prompt, options)
         reply = _print_json(events) if args.json else _print_text(events)
     _print_statistics(reply)

@@ -59,7 +59,8 @@ class Prefill:
             needed = place.size and place[-1] >= known
             features.append((yield from self._features(media)) if needed else None)
         embedded = self._model.embed(prompt.input_ids, features, prompt.media)
-        marks = [] if self.cache.trimmable else self._marks(places)
+        remembers = self._memory.budget > 0 and not self.cache.trimmable
+        marks = self._marks(places) if remembers else []
         for begin, end in self._slices(known, marks):
             logits = self._model(embedded.slice(begin, end), self.cache, last_only=True)
             mx.eval(self.cache.arrays, *([logits] if end == len(prompt) else []))
