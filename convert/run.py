@@ -127,11 +127,21 @@ def output_config(config: Mapping[str, Any], recipe: Recipe, options: ConvertOpt
         for key, value in config.items()
         if key not in ("quantization", "quantization_config", REMOTE_CODE)
     }
-    for key in ("torch_dtype", "dtype"):
-        if options.dtype and key in result:
-            result[key] = options.dtype
+    if options.dtype:
+        result = _with_dtype(result, options.dtype)
     if recipe:
         result["quantization"] = result["quantization_config"] = quantization(recipe)
+    return result
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The same configuration, also of its parts, with this type of weights wherever one is named."""
+    result = dict(config)
+    for key, value in config.items():
+        if key in ("torch_dtype", "dtype"):
+            result[key] = dtype
+        elif isinstance(value, Mapping):
+            result[key] = _with_dtype(value, dtype)
     return result
 
 

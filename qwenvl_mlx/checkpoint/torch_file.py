@@ -65,14 +65,7 @@ def scan_torch(path: Path) -> dict[str, TorchTensor]:
                 return _scan(path, file, archive)
         except PickleError as error:
             raise CheckpointError(f"{path} can't be read: {error}") from error
-        except (
-            zipfile.BadZipFile,
-            NotImplementedError,
-            RuntimeError,
-            ValueError,
-            struct.error,
-            EOFError,
-        ) as error:
+        except DAMAGED as error:
             raise CheckpointError(
                 f"{path} is truncated or damaged ({brief(error)}): fetch it again"
             ) from error
