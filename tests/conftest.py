@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import DATA, SHARED
+from server_fixtures import *  # noqa: F403
 
 BLIS = Path("/usr/lib/x86_64-linux-gnu/blis-pthread/libblis.so.4")
 

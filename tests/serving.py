@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import json
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from helpers import reference
+from helpers import DATA, reference
+from openai import OpenAI
 
 from qwenvl_mlx.config import read_json
-from qwenvl_mlx.engine import FinishEvent, GenerationOptions, Reply, TextEvent, Timings, Usage
+from qwenvl_mlx.engine import Engine, FinishEvent, GenerationOptions, Reply, TextEvent, Timings, Usage
 from qwenvl_mlx.engine.request import Listener, Request
 from qwenvl_mlx.engine.stops import StopStrings
 from qwenvl_mlx.errors import Busy, PromptError
@@ -25,8 +30,24 @@ from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.processor.base import Processor
 from qwenvl_mlx.processor.load import load_processor
 from qwenvl_mlx.server.app import create_app
-from qwenvl_mlx.server.settings import Settings
+from qwenvl_mlx.server.settings import Limits, Settings
 from qwenvl_mlx.server.shelf import Offer, Shelf
+
+IMAGES = DATA / "images"
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "巴黎"}}\n</tool_call>'
 
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
@@ -128,6 +149,19 @@ class EchoEngine:
         request.emit(FinishEvent(reply))
 
 
+class Kept:
+    """An engine that outlives its server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        pass
+
+
 def echo_shelf(engine: Any, *, name: str = "tiny") -> Shelf:
     shelf = Shelf([Offer(name, "unused")], lambda source: engine, any_name=True)
     shelf.preload()
@@ -170,3 +204,68 @@ def file_server(folder: Path) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def client_of(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def ask(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def chat(client: OpenAI, text: str = "Hello", *, ignore_eos: bool = True, **fields: Any) -> Any:
+    """Greedy and 12 tokens long, unless the fields say otherwise."""
+    values = {"model": "tiny", "messages": ask(text), "max_tokens": 12, "temperature": 0, **fields}
+    values["extra_body"] = {"ignore_eos": ignore_eos, **fields.get("extra_body", {})}
+    return client.chat.completions.create(**values)
+
+
+def data_uri(name: str) -> str:
+    return "data:image/png;base64," + base64.b64encode((IMAGES / name).read_bytes()).decode()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def post(url: str, body: Any, **headers: str) -> tuple[int, Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+STRICT = Limits(
+    body_bytes=8 << 20, body_seconds=1.0, fetch_seconds=2.0, pictures=3, frames=4, fetch_bytes=1 << 20
+)
+CHAT = "/v1/chat/completions"
+
+
+def refused(url: str, body: Any, path: str = CHAT, **headers: str) -> str:
+    """The message of a 4xx; the server must still be well afterwards."""
+    status, reply = post(url + path, body, **headers)
+    assert 400 <= status < 500, reply
+    assert set(reply["error"]) == {"message", "type", "param", "code"}
+    with urllib.request.urlopen(f"{url}/health", timeout=10) as health:
+        assert health.status == 200
+    return str(reply["error"]["message"])
+
+
+def asking(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A request with one message of these parts."""
+    return {"model": "m", "messages": [{"role": "user", "content": [*parts]}], **fields}
+
+
+def image(source: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": source}}
+
+
+def as_uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64," + base64.b64encode(data).decode()

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["errors", "config", "sizes", "media", "layers", "models", "checkpoint", "hub", "processor", "engine", "api"]
+ORDER = [
+    "errors",
+    "config",
+    "sizes",
+    "media",
+    "layers",
+    "models",
+    "checkpoint",
+    "hub",
+    "processor",
+    "engine",
+    "api",
+]
 COMMANDS = ["cli", "generate", "chat", "verify", "info", "convert", "server"]
 FOLDERS = {"qwenvl_mlx": ROOT / "qwenvl_mlx", "convert": ROOT / "convert", "server": ROOT / "server"}
 
@@ -91,9 +103,8 @@ def test_public_names() -> None:
 
 
 def test_the_function_generate_survives_importing_the_command() -> None:
-    from qwenvl_mlx.generate import main
-
     import qwenvl_mlx
+    from qwenvl_mlx.generate import main
 
     assert callable(main)
     assert callable(qwenvl_mlx.generate)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import DATA
-from serving import EchoEngine, chat_checkpoint, echo_shelf, processor_of, serving
+from serving import EchoEngine, echo_shelf, processor_of, serving
 
 from qwenvl_mlx.server.pages import policy_of
 from qwenvl_mlx.server.settings import Settings
@@ -23,8 +23,8 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def echo(tmp_path_factory: pytest.TempPathFactory) -> EchoEngine:
-    return EchoEngine(processor_of(chat_checkpoint(tmp_path_factory.mktemp("tiny"))), pause=0.005)
+def echo(tiny_chat: Path) -> EchoEngine:
+    return EchoEngine(processor_of(tiny_chat), pause=0.005)
 
 
 @pytest.fixture(scope="module")

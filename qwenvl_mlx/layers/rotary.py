@@ -100,8 +100,8 @@ def _scale_and_turn(
 class MRope:
     """Rotary positions on three axes (time, height, width): which axis turns which pair, and how fast.
 
-    ``size``: of a head; ``dims``: how many of its dimensions are rotated; ``sections``: pairs of each axis; ``interleaved``: Qwen3's order of them
-    (t h w t h w …) instead of Qwen2's chunks (t… h… w…).
+    ``size``: of a head; ``dims``: how many of its dimensions are rotated; ``sections``: pairs of each axis;
+    ``interleaved``: Qwen3's order of them (t h w t h w …) instead of Qwen2's chunks (t… h… w…).
     """
 
     size: int
