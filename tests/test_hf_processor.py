@@ -41,6 +41,14 @@ CASES = (
     "batch_mixed",
     "batch_text",
 )
+LACKING = {  # cases that the reference did not compute for a generation
+    "qwen2_vl": ["video_flat"],
+    "qwen2_5_vl": ["video_flat"],
+    "qwen3_vl": [],
+    "qwen3_vl_moe": ["video_image_video"],
+    "qwen3_5": ["video_image_video"],
+    "qwen3_5_moe": ["video", "video_flat", "image_video", "video_image_video", "batch_text"],
+}
 IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
 RED = Image.new("RGB", (64, 64), "red")
 
@@ -60,12 +68,12 @@ def chat(shared: Path) -> HFProcessor:
     return _processor(shared / "qwen3_vl/tiny")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("generation", FOLDERS)
+@pytest.mark.parametrize(
+    ("generation", "case"),
+    [(generation, case) for generation in FOLDERS for case in CASES if case not in LACKING[generation]],
+)
 def test_prompts_equal_the_goldens(generation: str, case: str) -> None:
-    golden = json.loads(reference(f"{generation}/goldens/cases.json").read_text()).get(case)
-    if golden is None:
-        pytest.skip(f"{generation} has no golden {case}")
+    golden = json.loads(reference(f"{generation}/goldens/cases.json").read_text())[case]
     arrays = np.load(reference(f"{generation}/goldens/{case}.npz"))
     processor = _processor(
         reference(f"{generation}/{FOLDERS[generation]}"), nested_timestamps=case != "video_flat"

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from qwenvl_mlx.layers.rotary import Floats, wavelengths
+
 
 def ntk_alpha(length: int, trained: int) -> float:
     """1 up to the trained length, 3 up to twice, 7 up to four times, and so on."""
@@ -44,20 +46,15 @@ class Rotary:
         factor = self._query_factor(offset, length)
         if isinstance(factor, mx.array):
             factor = factor.astype(dtype)
-        wavelengths = mx.array(np.stack([self._wavelengths(alpha) for alpha in dict.fromkeys(alphas)]))
-        if len(wavelengths) == 1:
-            return Positions(self.dims, offset, factor, wavelengths=wavelengths[0])
-        wavelengths = mx.array(np.stack([self._wavelengths(alpha) for alpha in alphas]))
-        angles = (
-            self._absolute(offset, length)[..., None] * (1 / wavelengths)[:, None, None]
-        )  # [B, 1, L, dims/2]
+        if len(set(alphas)) == 1:
+            return Positions(self.dims, offset, factor, wavelengths=mx.array(self._wavelengths(alphas[0])))
+        speeds = 1 / mx.array(np.stack([self._wavelengths(alpha) for alpha in alphas]))  # [B, dims/2]
+        angles = self._absolute(offset, length)[..., None] * speeds[:, None, None]  # [B, 1, L, dims/2]
         turn = (mx.cos(angles), mx.sin(angles))
         return Positions(self.dims, offset, factor, turn=turn)
 
-    def _wavelengths(self, alpha: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        # float32 throughout, as the reference has it: at position 3000 another rounding turns by 3e-5
-        base = np.float32(self.base * alpha ** (self.dims / (self.dims - 2)))
-        return base ** (np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims))
+    def _wavelengths(self, alpha: float) -> Floats:
+        return wavelengths(self.base * alpha ** (self.dims / (self.dims - 2)), self.dims)
 
     def _absolute(self, offset: int | mx.array, length: int) -> mx.array:
         if isinstance(offset, mx.array):

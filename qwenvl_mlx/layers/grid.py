@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwenvl_mlx.layers.rotary import Angles
+from qwenvl_mlx.layers.rotary import Angles, wavelengths
 
 Grid = tuple[int, int, int]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -28,8 +28,7 @@ def places(grid: Grid, merge: int) -> tuple[Ints, Ints]:
 def patch_angles(grid: Grid, merge: int, head_size: int) -> Angles:
     """2-D rotary angles: the first half of a head's pairs turns with the row, the second with the column."""
     pairs = head_size // 4
-    exponent = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
-    speeds = 1 / np.float32(10000) ** exponent
+    speeds = np.float32(1) / wavelengths(10000, 2 * pairs)
     positions = np.stack(places(grid, merge), axis=-1).astype(np.int32)  # [patches of a frame, 2]
     positions = np.tile(positions.repeat(pairs, axis=1), (grid[0], 1))
     return Angles.of(mx.array(positions), np.tile(speeds, 2), head_size)

@@ -18,6 +18,18 @@ import numpy as np
 from qwenvl_mlx.config import one_of
 from qwenvl_mlx.errors import ConfigError
 
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def wavelengths(base: float, dims: int) -> Floats:
+    """``base^(2i/dims)`` of the ``dims/2`` pairs: positions a radian, in the reference's float32.
+
+    The power itself is taken in float64 and rounded: NumPy's float32 power is off by one unit on some processors,
+    which turns by 4e-4 at position 3000.
+    """
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    return (float(np.float32(base)) ** exponents.astype(np.float64)).astype(np.float32)
+
 
 @dataclass(frozen=True, eq=False)
 class Angles:
@@ -32,7 +44,7 @@ class Angles:
     leads: mx.array
 
     @classmethod
-    def of(cls, positions: mx.array, speeds: np.ndarray[Any, np.dtype[np.float32]], head_size: int) -> Angles:
+    def of(cls, positions: mx.array, speeds: Floats, head_size: int) -> Angles:
         """``positions``: ``[..., dims/2]`` or ``[..., 1]``, a row for each token; ``speeds``: radians a position."""
         half = len(speeds)
         sign = np.zeros((2 if head_size % half else head_size // half, 1), np.float32)
@@ -121,10 +133,9 @@ class MRope:
         """Angles of text, where the axes agree: positions ``[B, L]``."""
         return Angles.of(positions[..., None], self.speeds(), self.size)
 
-    def speeds(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Radians a position, of each pair; float32 from the start, as the reference computes them."""
-        exponent = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
-        return (1 / np.float32(self.theta) ** exponent).astype(np.float32)
+    def speeds(self) -> Floats:
+        """Radians a position, of each pair."""
+        return np.float32(1) / wavelengths(self.theta, self.dims)
 
     def axes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """The axis (0 time, 1 height, 2 width) that turns each pair."""
