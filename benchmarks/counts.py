@@ -27,6 +27,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from qwenvl_mlx.layers.mlx_lm import leaf
+
 RESHAPES = frozenset({"Reshape", "Flatten", "Unflatten"})
 SHAPES = frozenset(
     {"Transpose", "ExpandDims", "Squeeze", "Broadcast", "BroadcastAxes", "Slice", "Split", "AsStrided"}
@@ -36,7 +38,15 @@ NOTHING = frozenset(
 )
 VIEWS = RESHAPES | SHAPES | NOTHING
 LAUNCHES = {"Pad": 2, "Convolution": 2, "DynamicSlice": 2, "DynamicSliceUpdate": 3}
-FUSED = {770001: "RMSNorm", 770002: "LayerNorm", 770003: "RoPE", 770004: "SDPA"}
+FUSED = {
+    770001: "RMSNorm",
+    770002: "LayerNorm",
+    770003: "RoPE",
+    770004: "SDPA",
+    770005: "Dequantize",
+    770006: "GatedDelta",
+    770007: "Contiguous",
+}
 TAGS = {name: tag for tag, name in FUSED.items()}
 PRODUCTS = ("Matmul", "QuantizedMatmul", "AddMM")
 
@@ -57,9 +67,6 @@ class Cost:
 @contextlib.contextmanager
 def metal_view() -> Iterator[None]:
     """Make the fused operations single primitives, as they are on Metal; on the CPU they decompose into many."""
-    fast = mx.fast
-    names = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
-    before = {name: getattr(fast, name) for name in names}
 
     def mark(kind: str, x: mx.array, others: list[Any]) -> mx.array:
         arrays = [item for item in others if isinstance(item, mx.array)]
@@ -77,13 +84,36 @@ def metal_view() -> Iterator[None]:
     def attention(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, **_: Any) -> mx.array:
         return mark("SDPA", q[..., : v.shape[-1]], [k, v, mask])
 
-    for name, stand_in in zip(names, (rms_norm, layer_norm, rope, attention), strict=True):
-        setattr(fast, name, stand_in)
+    def dequantize(w: mx.array, scales: mx.array, biases: mx.array | None = None, **options: Any) -> mx.array:
+        made = mx.zeros((*w.shape[:-1], scales.shape[-1] * options["group_size"]), scales.dtype)
+        mx.eval(made)
+        return mark("Dequantize", made, [w, scales, biases])
+
+    def delta_rule(q: mx.array, k: mx.array, v: mx.array, *others: Any) -> tuple[mx.array, mx.array]:
+        *gates, state, mask = others
+        arrays = [item for item in (q, k, *gates, mask) if item is not None]
+        return tuple(mx.depends([v, state], [*arrays, mx.array(TAGS["GatedDelta"], mx.int32)]))
+
+    def contiguous(x: mx.array, **_: Any) -> mx.array:
+        return mark("Contiguous", x, [])
+
+    stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
+        (mx.fast, "rms_norm", rms_norm),
+        (mx.fast, "layer_norm", layer_norm),
+        (mx.fast, "rope", rope),
+        (mx.fast, "scaled_dot_product_attention", attention),
+        (mx, "dequantize", dequantize),
+        (mx, "contiguous", contiguous),
+        (leaf("models.gated_delta"), "gated_delta_ops", delta_rule),
+    ]
+    before = [getattr(place, name) for place, name, _ in stand_ins]
+    for place, name, stand_in in stand_ins:
+        setattr(place, name, stand_in)
     try:
         yield
     finally:
-        for name, original in before.items():
-            setattr(fast, name, original)
+        for (place, name, _), original in zip(stand_ins, before, strict=True):
+            setattr(place, name, original)
 
 
 def count(function: Callable[..., Any], *arguments: mx.array) -> Cost:
@@ -124,7 +154,7 @@ def _eager_launches(outputs: list[mx.array]) -> collections.Counter[str]:
     outs = collections.Counter(re.findall(r'^(\d+) -> "', text, re.M))
     launches: collections.Counter[str] = collections.Counter()
     for node, name in labels.items():
-        times = 1 if name in ("Split", "CustomTransforms", "DivMod") else max(1, outs[node])
+        times = 1 if name in ("Split", "CustomTransforms", "DivMod", "Depends") else max(1, outs[node])
         if name in VIEWS:
             continue
         kind = "Fused" if name == "Depends" else "Compiled" if name.startswith("Compiled") else name

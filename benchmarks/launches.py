@@ -2,12 +2,16 @@
 
 Depth decides the number of kernels and width does not, so a model as deep as the published one but 64 wide counts
 the same and is built in a moment. A test compares with the file: a slower graph is a failing test.
+
+    python -m benchmarks.launches                 # counts anew and writes the file: when a graph has become faster
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from benchmarks.cases import Case, inputs
-from benchmarks.counts import count, metal_view
+from benchmarks.counts import Cost, count, metal_view
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Media
 from qwenvl_mlx.models import model_class
@@ -26,7 +30,9 @@ KEPT = Path(__file__).parent / "launches.json"
 NAMES = ("Qwen-VL-Chat", "Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B", "Qwen3-VL-30B-A3B", "Qwen3.5-27B")
 PICTURES = ((448, 448), (1024, 1024))
 
-Counts = dict[str, dict[str, int]]
+PROMPT = [1, 2, 3, 4] * 16
+
+Counts = dict[str, dict[str, dict[str, int]]]  # generation -> what -> launches, bytes
 
 
 def narrow(config: dict[str, Any]) -> dict[str, Any]:
@@ -57,17 +63,15 @@ def narrow(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _picture(config: dict[str, Any], size: tuple[int, int]) -> tuple[list[int], Media]:
+def _picture(config: dict[str, Any], size: tuple[int, int]) -> Media:
     if config["model_type"] == "qwen":
-        start = config["visual"]["image_start_id"]
         side = config["visual"]["image_size"]
         patches = side // config["visual"]["patch_size"]
-        ids = [1, start, *[start + 2] * 256, start + 1, 2]
-        return ids, Media("image", mx.zeros((3, side, side)), (1, patches, patches))
+        return Media("image", mx.zeros((3, side, side)), (1, patches, patches))
     given = inputs(Case("", size, 16, 1), config)
     assert given.rows is not None
     assert given.grid is not None
-    return given.ids.tolist(), Media("image", mx.array(given.rows), given.grid)
+    return Media("image", given.rows, given.grid)
 
 
 def _built(config: dict[str, Any], *, bits: int | None) -> tuple[Any, Cache]:
@@ -79,10 +83,11 @@ def _built(config: dict[str, Any], *, bits: int | None) -> tuple[Any, Cache]:
             return path.startswith("language_model") and hasattr(module, "to_quantized")
 
         nn.quantize(model, group_size=64, bits=bits, class_predicate=matrices)
-    model.prepare()
     cache = model.make_cache()
-    mx.eval(model(model.embed([1, 2, 3, 4] * 16, [], []), cache=cache, last_only=True), cache.arrays)
+    mx.eval(model(model.embed(PROMPT, [], []), cache=cache, last_only=True), cache.arrays)
     model.set_dtype(mx.bfloat16)
+    model.prepare()
+    model.set_dtype(mx.bfloat16)  # experts too, which a CPU keeps in float32
     for layer in cache:
         layer.state = tree_map(_half, layer.state)
     mx.eval(model.parameters(), cache.arrays)
@@ -94,66 +99,82 @@ def _half(value: Any) -> Any:
     return value.astype(mx.bfloat16) if floating else value
 
 
-def measure() -> Counts:
-    """Launches of a decoded token (bf16 and 4 bits), of a prefill of 64 tokens, and of pictures of two sizes."""
-    counts: Counts = {}
-    for name in NAMES:
-        config = narrow(SIZES[name])
-        with metal_view():
-            row = {}
-            for bits in (None, 4):
-                model, cache = _built(config, bits=bits)
-                embedded = model.embed([1, 2, 3, 4] * 16, [], [])
-                prefill = count(
-                    lambda e, m=model, x=embedded: m(_with(x, e), last_only=True), embedded.embeddings
-                )
-                fresh = [
-                    copy.deepcopy(cache) for _ in range(2)
-                ]  # counting runs the step twice; each run fills one
-                decode = count(lambda t, m=model, caches=fresh: m.decode(t, caches.pop()), mx.array([[5]]))
-                row["decode bf16" if bits is None else "decode 4 bits"] = decode.launches
-                row["prefill bf16" if bits is None else "prefill 4 bits"] = prefill.launches
-                if bits is None:
-                    for size in PICTURES:
-                        _, media = _picture(config, size)
-                        row[f"picture {size[0]}x{size[1]}"] = _vision(model, media)
-            counts[name] = row
-    return counts
+def measure(names: Sequence[str] = NAMES) -> Counts:
+    """For each generation: a decoded token and a slice of a prompt (bf16 and 4 bits), and pictures of two sizes."""
+    return {name: _measure(narrow(SIZES[name])) for name in names}
 
 
-def _with(embedded: Any, embeddings: mx.array) -> Any:
-    import dataclasses
+def _measure(config: dict[str, Any]) -> dict[str, Any]:
+    row = {}
+    with metal_view():
+        for label, bits in (("bf16", None), ("4 bits", 4)):
+            model, cache = _built(config, bits=bits)
+            row[f"decode {label}"] = _decode(model, cache)
+            row[f"prefill {label}"] = _prefill(model, cache)
+        for size in PICTURES:
+            row[f"picture {size[0]}x{size[1]}"] = _vision(model, _picture(config, size))
+    return {what: {"launches": cost.launches, "bytes": cost.bytes_moved} for what, cost in row.items()}
 
-    return dataclasses.replace(embedded, embeddings=embeddings)
+
+def _decode(model: Any, cache: Cache) -> Cost:
+    def step(tokens: mx.array) -> Any:
+        state = copy.deepcopy(cache)
+        return model.decode(tokens, state), state.arrays
+
+    return count(step, mx.array([[5]]))
 
 
-def _vision(model: Any, media: Media) -> int:
-    import dataclasses
+def _prefill(model: Any, cache: Cache) -> Cost:
+    """A slice of a prompt after another one."""
+    embedded = model.embed(PROMPT, [], [])
 
+    def run(embeddings: mx.array) -> Any:
+        state = copy.deepcopy(cache)
+        inputs = dataclasses.replace(embedded, embeddings=embeddings)
+        return model(inputs, cache=state, last_only=True), state.arrays
+
+    mx.eval(embedded.embeddings)
+    return count(run, embedded.embeddings)
+
+
+def _vision(model: Any, media: Media) -> Cost:
     rows = mx.array(media.patches)
     mx.eval(rows)
-    return count(lambda r: model.encode([dataclasses.replace(media, patches=r)])[0].embeddings, rows).launches
+
+    def run(rows: mx.array) -> Any:
+        features = model.encode([dataclasses.replace(media, patches=rows)])[0]
+        return features.embeddings, features.deepstack
+
+    return count(run, rows)
 
 
 def table(counts: Counts) -> str:
-    """Markdown, with the launches a decoder layer and a vision block where the depth is known."""
+    """Markdown: launches, also for a decoder layer and a vision block at the published depth."""
     columns = list(next(iter(counts.values())))
     lines = [
-        "| kernels launched | "
-        + " | ".join(columns)
-        + " | a layer, bf16 | a layer, 4 bits | a vision block |"
+        f"| kernels launched | {' | '.join(columns)} | a layer, bf16 | a layer, 4 bits | a vision block |",
+        "|---" * (len(columns) + 4) + "|",
     ]
-    lines.append("|---" * (len(columns) + 4) + "|")
     for name, row in counts.items():
-        config = SIZES[name]
-        layers = config.get("text_config", config)["num_hidden_layers"]
-        vision = config.get("vision_config") or config["visual"]
-        blocks = vision.get("depth", vision.get("layers"))
-        cells = [str(row[column]) for column in columns]
-        cells += [f"{row['decode bf16'] / layers:.1f}", f"{row['decode 4 bits'] / layers:.1f}"]
-        cells.append(f"{row['picture 1024x1024'] / blocks:.1f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        layers, blocks = depths(name)
+        launches = {what: cost["launches"] for what, cost in row.items()}
+        cells = [str(launches[column]) for column in columns]
+        cells += [f"{launches[f'decode {kind}'] / layers:.1f}" for kind in ("bf16", "4 bits")]
+        cells.append(f"{launches[columns[-1]] / blocks:.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def depths(name: str) -> tuple[int, int]:
+    """Decoder layers and vision blocks of a published size."""
+    config = SIZES[name]
+    vision = config.get("vision_config") or config["visual"]
+    return config.get("text_config", config)["num_hidden_layers"], vision.get("depth", vision.get("layers"))
+
+
+def kept() -> Counts:
+    """The counts that the project stands by."""
+    return json.loads(KEPT.read_text())  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

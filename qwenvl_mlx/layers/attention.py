@@ -99,8 +99,10 @@ class Attention(nn.Module):
         """``qkv``: ``[B, L, (heads + 2 kv_heads) * size]``, in this order."""
         batch, length, _ = qkv.shape
         qkv = qkv.reshape(batch, length, -1, self.size)
-        qk, v = mx.split(qkv, [self.heads + self.kv_heads], axis=2)
-        qk = self._turn(qk, shared.angles).transpose(0, 2, 1, 3)
+        v = qkv[:, :, -self.kv_heads :]
+        if "q_norm" in self:  # values too, for nothing: a kernel that gets a part of each row copies it first
+            qkv = mx.fast.rms_norm(qkv, None, self.q_norm.eps)
+        qk = self._turn(qkv[:, :, : -self.kv_heads], shared.angles).transpose(0, 2, 1, 3)
         q, k = mx.split(qk, [self.heads], axis=1)  # [B, heads, L, size]
         v = v.transpose(0, 2, 1, 3)
         if cache is not None:
@@ -109,11 +111,10 @@ class Attention(nn.Module):
         return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)  # type: ignore[no-any-return]
 
     def _turn(self, qk: mx.array, angles: Angles) -> mx.array:
-        """Norm and rotation of queries and keys together, ``[B, L, heads + kv_heads, size]``."""
+        """The norm's weights and the rotation, of queries and keys together: ``[B, L, heads + kv_heads, size]``."""
         if "q_norm" not in self:
             return angles.turn(qk)
-        weights = self._head_weights if "_head_weights" in self else self._stack_weights()
-        return angles.turn(mx.fast.rms_norm(qk, None, self.q_norm.eps), weights)
+        return angles.turn(qk, self._head_weights if "_head_weights" in self else self._stack_weights())
 
 
 @partial(mx.compile, shapeless=True)
