@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import statistics
@@ -29,6 +30,8 @@ import psutil
 
 MIB = 1 << 20
 QUESTIONS = 12
+LEAVERS = 3
+"""Every so many-th client hangs up in the middle of its answers."""
 
 
 @dataclass
@@ -36,8 +39,10 @@ class Tally:
     """What happened."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
+    answered: Counter[int] = field(default_factory=Counter)  # whole answers, by client
     waits: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
+    handles: list[int] = field(default_factory=list)  # threads and open files
 
 
 def question(number: int) -> dict[str, Any]:
@@ -89,9 +94,10 @@ async def stream(
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
                     raise RuntimeError(chunk["error"]["message"])
-                text += chunk["choices"][0]["delta"].get("content") or ""
-                if chunks == 0:
+                piece = chunk["choices"][0]["delta"].get("content") or ""
+                if piece and not text:
                     tally.waits.append(time.monotonic() - started)
+                text += piece
                 chunks += 1
                 if leave_after is not None and chunks > leave_after:
                     return None
@@ -103,12 +109,16 @@ async def stream(
 async def one_client(url: str, seed: int, until: float, known: Sequence[str], tally: Tally) -> None:
     """Ask one question after the other; every third client hangs up in the middle."""
     rng = random.Random(seed)
-    leaves = seed % 3 == 0
+    leaves = seed % LEAVERS == 0
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         while time.monotonic() < until:
             number = rng.randrange(QUESTIONS)
             try:
-                if leaves or rng.random() < 0.5:
+                if leaves and rng.random() < 0.5:  # before the first word, often still in the queue
+                    with contextlib.suppress(TimeoutError):
+                        text = None
+                        text = await asyncio.wait_for(ask(client, number), 2 * rng.random())
+                elif leaves or rng.random() < 0.5:
                     after = rng.randrange(8) if leaves else None
                     text = await stream(client, number, leave_after=after, tally=tally)
                 else:
@@ -121,12 +131,14 @@ async def one_client(url: str, seed: int, until: float, known: Sequence[str], ta
                 tally.outcomes[f"LOST ({type(error).__name__}: {error})"] += 1
                 continue
             tally.outcomes["left" if text is None else "right" if text == known[number] else "MIXED"] += 1
+            tally.answered[seed] += text is not None and not leaves
 
 
 async def watch(process: psutil.Process, until: float, tally: Tally) -> None:
-    """Resident memory of the server, once a second."""
+    """Resident memory, threads and open files of the server, once a second."""
     while time.monotonic() < until:
         tally.memory.append(process.memory_info().rss / MIB)
+        tally.handles.append(process.num_threads() + process.num_fds())
         await asyncio.sleep(1)
 
 
@@ -154,9 +166,13 @@ def report(tally: Tally) -> bool:
     waits = sorted(tally.waits)
     third = max(len(tally.memory) // 3, 1)
     early, late = statistics.median(tally.memory[third : 2 * third]), statistics.median(tally.memory[-third:])
+    each = sorted(count for client, count in tally.answered.items() if client % LEAVERS)
     print(f"answers: {dict(tally.outcomes)}")
-    print(f"first chunk after: median {statistics.median(waits):.2f} s, longest {waits[-1]:.2f} s")
+    print(f"first text after: median {statistics.median(waits):.2f} s, longest {waits[-1]:.2f} s")
+    print(f"whole answers of a client that stays: from {each[0]} to {each[-1]}")
     print(f"memory: {early:.0f} MiB in the middle third, {late:.0f} MiB in the last: {late - early:+.0f} MiB")
+    handles = [statistics.median(some) for some in (tally.handles[third : 2 * third], tally.handles[-third:])]
+    print(f"threads and open files: {handles[0]:.0f}, then {handles[1]:.0f}")
     return not any(name.isupper() or name[:4].isupper() for name in tally.outcomes)
 
 

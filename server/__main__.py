@@ -69,7 +69,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--host", "--server-name", default="127.0.0.1", help="address to listen on (127.0.0.1)"
     )
-    group.add_argument("--port", "--server-port", type=int, default=8000, help="port to listen on (8000)")
+    group.add_argument("--port", "--server-port", type=_port, default=8000, help="port to listen on (8000)")
     group.add_argument(
         "--api-key", metavar="KEY", help="clients must send it (default: $QWENVL_API_KEY, else none)"
     )
@@ -119,14 +119,32 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         ("--keep-alive", Settings().keep_alive_seconds, "silence before a comment keeps a stream alive"),
     )
     for name, seconds, meaning in times:
-        group.add_argument(name, type=float, default=seconds, metavar="S", help=f"{meaning} ({seconds:g} s)")
+        group.add_argument(
+            name, type=_seconds, default=seconds, metavar="S", help=f"{meaning} ({seconds:g} s)"
+        )
     group.add_argument(
         "--shutdown-timeout",
-        type=int,
-        default=30,
+        type=_seconds,
+        default=30.0,
         metavar="S",
-        help="to finish answers when told to stop (30 s)",
+        help="to finish answers when told to stop, before they are ended (30 s)",
     )
+
+
+def _port(text: str) -> int:
+    """An argparse type; 0 takes any free port."""
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 65535")
+    return value
+
+
+def _seconds(text: str) -> float:
+    """An argparse type: a time above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time above 0")
+    return value
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

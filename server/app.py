@@ -80,7 +80,7 @@ def create_app(shelf: Shelf, settings: Settings | None = None) -> FastAPI:
 
 
 def _api(state: State) -> APIRouter:
-    router = APIRouter(prefix="/v1", route_class=StrictRoute)
+    router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=errors.RESPONSES)
 
     @router.get("/models")
     async def models() -> dict[str, Any]:

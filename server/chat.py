@@ -52,7 +52,7 @@ async def answer(body: schema.ChatRequest, state: State) -> Response:
             legacy=wish.legacy,
             single=wish.single,
         )
-        talk = Conversation(run, form, stack.pop_all(), state.settings, state.metrics)
+        talk = Conversation(run, form, stack.pop_all(), state)
     if not body.stream:
         return await talk.whole()
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -69,9 +69,11 @@ def prepare(body: schema.ChatRequest, plan: tools.Plan, served: Served, state: S
     if continued is not None and plan.form == "react":  # it writes such turns itself
         turns, continued = [*turns, {"role": "assistant", "content": continued}], None
     begun = (continued or "") + plan.begun
+    _check_sizes(body, processor)
     template = _template(body, begun=bool(begun))
     prompt = processor(turns, tools=plan.tools, options=sizes, template=template)
     thinking = _opens_reasoning(prompt, processor)
+    _check_template(body, processor, thinking=thinking)
     if begun:
         begun = f"\n{END_THINK}\n\n{begun}" if thinking else begun
         more = processor.continuation({"type": "text", "text": begun}, options=sizes)
@@ -85,8 +87,38 @@ def _low_pixels(body: schema.ChatRequest, processor: Processor) -> int:
     return min(messages.LOW_DETAIL_PIXELS, usual)
 
 
+def _check_sizes(body: schema.ChatRequest, processor: Processor) -> None:
+    """Where all pictures get one size, no other one can be asked for."""
+    if processor.max_pixels is not None:
+        return
+    parts = [part for message in body.messages for part in messages.media_of(message)]
+    for name in ("min_pixels", "max_pixels"):
+        if any(getattr(given, name) is not None for given in (body, *parts)):
+            raise ApiError(400, f"{name} is not possible: this model sees pictures at one size", param=name)
+
+
+def _check_template(body: schema.ChatRequest, processor: Processor, *, thinking: bool) -> None:
+    """What the template does not know must be so already."""
+    wanted = _variables(body)
+    if wanted.get("add_vision_id") and not processor.knows("add_vision_id"):
+        raise ApiError(400, "this model's template can't number pictures", param="chat_template_kwargs")
+    think = wanted.get("enable_thinking", thinking)
+    if think != thinking and not processor.knows("enable_thinking"):
+        raise ApiError(
+            400, f"this model {'always thinks' if thinking else 'does not think'}", param="enable_thinking"
+        )
+
+
 def _template(body: schema.ChatRequest, *, begun: bool) -> dict[str, Any] | None:
     """Variables of the chat template; an answer that is begun for the model can't think first."""
+    variables = _variables(body)
+    if begun:
+        variables["enable_thinking"] = False
+    return variables or None
+
+
+def _variables(body: schema.ChatRequest) -> dict[str, Any]:
+    """What the request says about the template, wherever it says it."""
     given = body.chat_template_kwargs
     variables = given.model_dump(exclude_none=True) if given else {}
     thinking = body.enable_thinking
@@ -96,9 +128,7 @@ def _template(body: schema.ChatRequest, *, begun: bool) -> dict[str, Any] | None
         if variables.get("enable_thinking", thinking) != thinking:
             raise ApiError(400, "the fields about thinking contradict each other", param="enable_thinking")
         variables["enable_thinking"] = thinking
-    if begun:
-        variables["enable_thinking"] = False
-    return variables or None
+    return variables
 
 
 def _opens_reasoning(prompt: Prompt, processor: Processor) -> bool:

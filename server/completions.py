@@ -22,6 +22,9 @@ from qwenvl_mlx.server.state import State
 DEFAULT_TOKENS = 16
 """OpenAI's default of ``max_tokens`` for this endpoint."""
 
+PICTURE = "<img>"
+"""What begins a picture's address in a text for the original Qwen-VL."""
+
 
 async def answer(body: schema.CompletionRequest, state: State) -> Response:
     """Each prompt gives ``n`` choices, in order."""
@@ -29,6 +32,8 @@ async def answer(body: schema.CompletionRequest, state: State) -> Response:
     deadline = asyncio.get_running_loop().time() + limits.request_seconds
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "logprobs of the prompt are not computed: leave out echo", param="echo")
     async with AsyncExitStack() as stack:
         served = await stack.enter_async_context(state.shelf.lease(body.model))
         prompts = await state.in_thread(_prompts, body, served, state)
@@ -48,7 +53,7 @@ async def answer(body: schema.CompletionRequest, state: State) -> Response:
             [_echo(prompt, served) if body.echo else "" for prompt, _ in each],
             Speller(served.engine.processor.tokenizer),
         )
-        talk = Conversation(run, form, stack.pop_all(), state.settings, state.metrics)
+        talk = Conversation(run, form, stack.pop_all(), state)
     if not body.stream:
         return await talk.whole()
     return await talk.streamed(include_usage=bool(body.stream_options and body.stream_options.include_usage))
@@ -70,6 +75,8 @@ def _each(given: str | list[str] | list[int] | list[list[int]]) -> list[str] | l
 def _prompt(given: str | list[int], served: Served, state: State) -> Prompt:
     if isinstance(given, str):
         media.check_length(len(given), state.settings, param="prompt")
+        if served.engine.processor.tokenizer.id(PICTURE) is not None:  # else it is nothing but text
+            media.check_pictures(given.count(PICTURE), state.settings, param="prompt")
         return served.engine.processor.raw(given, options=MediaOptions(policy=state.policy))
     vocab = served.engine.model.vocab_size
     if max(given) >= vocab:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from qwenvl_mlx.errors import Busy, GenerationError, PromptError, QwenVLError
@@ -16,6 +17,28 @@ from qwenvl_mlx.errors import Busy, GenerationError, PromptError, QwenVLError
 log = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Fault(BaseModel):
+    """What went wrong. ``param``: the field at fault; ``code``: a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Failure(BaseModel):
+    """The body of every answer that is none."""
+
+    error: Fault
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Failure, "description": "The request can't be answered: its error says why."},
+    "5XX": {"model": Failure, "description": "The server can't answer now, or failed."},
+}
+"""For the description of the API."""
 
 
 class ApiError(HTTPException):

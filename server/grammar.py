@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MISSING = "needs the extra 'grammar': pip install 'qwenvl-mlx[grammar]'"
 
+WHITESPACE = r"(\r?\n)?[ \t]{0,32}"
+"""Between two parts of JSON: a line break and an indent. Without an end, some models write nothing else."""
+
 
 class Guide:
     """Which tokens may come next in one answer. ``wait_for``: the token before which anything may come."""
@@ -157,7 +160,8 @@ def _free_calls(wish: Wish, strict: Sequence[str], grammars: Grammars) -> str:
 
 
 def _json(structure: Mapping[str, Any] | None) -> str:
-    return "%json " + json.dumps(structure or {"type": "object"})
+    schema = {**(structure or {"type": "object"}), "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return "%json " + json.dumps(schema)
 
 
 def _vocabulary(tokenizer_json: str, size: int, eos: Sequence[int]) -> LLTokenizer:

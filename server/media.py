@@ -65,13 +65,16 @@ def check_counts(messages: Sequence[Mapping[str, Any]], settings: Settings) -> N
     frames = sum(len(part["video"]) for part in parts if isinstance(part.get("video"), list))
     texts = [message["content"] for message in messages if isinstance(message["content"], str)]
     texts += [part["text"] for part in parts if part["type"] == "text"]
-    if pictures > limits.pictures:
-        raise ApiError(
-            400, f"{pictures} pictures and videos: at most {limits.pictures} are taken", param="messages"
-        )
+    check_pictures(pictures, settings, param="messages")
     if frames > limits.frames:
         raise ApiError(400, f"{frames} video frames: at most {limits.frames} are taken", param="messages")
     check_length(sum(map(len, texts)), settings, param="messages")
+
+
+def check_pictures(count: int, settings: Settings, *, param: str) -> None:
+    limit = settings.limits.pictures
+    if count > limit:
+        raise ApiError(400, f"{count} pictures and videos: at most {limit} are taken", param=param)
 
 
 def check_length(characters: int, settings: Settings, *, param: str) -> None:

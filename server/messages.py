@@ -122,6 +122,16 @@ def _detail(part: schema.ImagePart | schema.ImageURLPart) -> str | None:
     return url.detail if isinstance(url, schema.ImageURL) else None
 
 
+def media_of(message: schema.Message) -> list[schema.MediaPart]:
+    """Pictures and videos of a message, as the request gives them."""
+    content = message.content
+    return (
+        [part for part in content if not isinstance(part, schema.TextPart)]
+        if isinstance(content, list)
+        else []
+    )
+
+
 def parts_of(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """All parts of all messages."""
     for message in messages:

@@ -18,8 +18,8 @@ def options_of(
     body: schema.Generation, limits: Limits, *, max_tokens: int | None, logprobs: int | None, vocab: int
 ) -> list[GenerationOptions]:
     """One for each choice: equal but for the seed, which counts up from the request's."""
-    if body.user:
-        log.debug("a request of user %r", body.user)
+    if body.user or body.safety_identifier:
+        log.debug("a request of user %r", body.user or body.safety_identifier)
     options = GenerationOptions(
         max_tokens=max_tokens,
         temperature=body.temperature,

@@ -13,9 +13,8 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from qwenvl_mlx.engine.events import Reply, TextEvent
-from qwenvl_mlx.server.metrics import Metrics
 from qwenvl_mlx.server.run import Piece, Run
-from qwenvl_mlx.server.settings import Settings
+from qwenvl_mlx.server.state import State
 from qwenvl_mlx.server.stream import Chunks, EventStream
 
 CLIENT_LEFT = 499
@@ -46,17 +45,16 @@ class Form(Protocol):
 class Conversation:
     """One HTTP request that is being answered; ``stack`` holds what must be given back at its end."""
 
-    def __init__(
-        self, run: Run, form: Form, stack: AsyncExitStack, settings: Settings, metrics: Metrics
-    ) -> None:
+    def __init__(self, run: Run, form: Form, stack: AsyncExitStack, state: State) -> None:
         self._run = run
         self._form = form
         self._stack = stack
-        self._settings = settings
-        self._metrics = metrics
+        self._state = state
+        self._metrics = state.metrics
         self._started = time.monotonic()
         self._silent = True
-        metrics.add("qwenvl_active_requests")
+        self._metrics.add("qwenvl_active_requests")
+        state.begin(run)
 
     async def whole(self) -> Response:
         """Wait for all choices."""
@@ -70,19 +68,20 @@ class Conversation:
 
     async def streamed(self, *, include_usage: bool) -> Response:
         """Wait for the first event, for no longer than the keep-alive time: an early failure keeps its status."""
-        pieces = self._run.pieces(self._settings.keep_alive_seconds)
+        pieces = self._run.pieces(self._state.settings.keep_alive_seconds)
         try:
             first = await anext(pieces)
         except BaseException:
             await self.close()
             raise
-        seconds = self._settings.limits.request_seconds + 60
+        seconds = self._state.settings.limits.request_seconds + 60
         return EventStream(
             self._stream(first, pieces, include_usage=include_usage), self.close, seconds=seconds
         )
 
     async def close(self) -> None:
         """Free the engine's slots and the model; count what was done. Safe to call once, on any path."""
+        self._state.forget(self._run)
         if not self._run.finished:
             self._run.cancel()
             self._metrics.add("qwenvl_cancelled_total")

@@ -101,6 +101,10 @@ class Run:
             if choice in self._open:
                 request.cancel()
 
+    def fail(self, error: ApiError) -> None:
+        """End the stream with ``error``, after what is known already. For the event loop's thread."""
+        self._events.put_nowait((0, error))
+
     @property
     def finished(self) -> bool:
         return not self._open

@@ -201,6 +201,7 @@ ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat, Fie
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class TemplateOptions(Strict):
@@ -230,6 +231,10 @@ class Generation(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool | None = None
     user: str | None = Field(default=None, description="Written to the log at level debug, nothing else.")
+    safety_identifier: str | None = Field(default=None, description="As user.")
+    prompt_cache_key: str | None = Field(
+        default=None, description="Not needed: what a prompt shares with earlier ones is found anyway."
+    )
 
 
 class ChatRequest(Generation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import threading
 import webbrowser
@@ -17,6 +18,7 @@ from qwenvl_mlx.engine.memory import working_set
 from qwenvl_mlx.errors import GenerationError
 from qwenvl_mlx.server.app import create_app
 from qwenvl_mlx.server.guard import is_loopback
+from qwenvl_mlx.server.listen import Server, bind
 from qwenvl_mlx.server.protocol import PatientProtocol
 from qwenvl_mlx.server.settings import Settings
 from qwenvl_mlx.server.shelf import Offer, Shelf
@@ -33,20 +35,18 @@ def serve(args: argparse.Namespace, settings: Settings) -> None:
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anybody who reaches %s can use this server: consider --api-key", settings.host)
     cli.use_device(args.device)
+    sockets = bind(settings.host, settings.port)
     shelf = make_shelf(args)
     shelf.preload()
-    log.info("%s is ready at http://%s:%d", ", ".join(shelf.names), settings.host, settings.port)
+    app = create_app(shelf, settings)
+    config = uvicorn.Config(app, log_level=level, server_header=False, http=PatientProtocol)
+    server = Server(config, end=app.state.server.end, patience=args.shutdown_timeout)
+    port = sockets[0].getsockname()[1]
+    log.info("%s is ready at http://%s:%d", ", ".join(shelf.names), _in_url(settings.host), port)
     if args.inbrowser:
-        threading.Timer(1, webbrowser.open, [f"http://localhost:{settings.port}"]).start()
-    uvicorn.run(
-        create_app(shelf, settings),
-        host=settings.host,
-        port=settings.port,
-        log_level=level,
-        server_header=False,
-        http=PatientProtocol,
-        timeout_graceful_shutdown=args.shutdown_timeout,
-    )
+        threading.Timer(1, webbrowser.open, [f"http://localhost:{port}"]).start()
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is ended
+        server.run(sockets)
 
 
 def make_shelf(args: argparse.Namespace) -> Shelf:
@@ -75,6 +75,10 @@ def make_shelf(args: argparse.Namespace) -> Shelf:
         any_name="*" in aliases or (len(offers) == 1 and not aliases),
         budget=args.memory or working_set() * 3 // 4,
     )
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _offer(text: str) -> Offer:

@@ -94,6 +94,14 @@ def test_a_stream_adds_up_to_the_whole_answer(client: OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 12
 
 
+def test_what_is_so_anyway_may_be_asked_for(client: OpenAI) -> None:
+    hints = {"safety_identifier": "me", "prompt_cache_key": "mine", "user": "me", "service_tier": "auto"}
+    options = {"include_obfuscation": False}
+    whole = chat(client).choices[0].message.content
+    chunks = list(chat(client, stream=True, stream_options=options, **hints))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+
+
 def test_a_stream_tells_usage_only_when_asked(client: OpenAI) -> None:
     assert all(chunk.usage is None and chunk.choices for chunk in chat(client, stream=True))
 
@@ -211,6 +219,8 @@ def test_completions_take_texts_and_tokens(client: OpenAI) -> None:
     assert echoed.choices[0].text == "Hello" + text.choices[0].text
     streamed = client.completions.create(prompt="Hello", stream=True, **fields)
     assert "".join(chunk.choices[0].text for chunk in streamed) == text.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        client.completions.create(prompt="Hello", logprobs=2, echo=True, **fields)
     logprobs = client.completions.create(prompt="Hello", logprobs=2, **fields).choices[0].logprobs
     assert len(logprobs.token_logprobs) == 6
     assert all(len(top) >= 1 for top in logprobs.top_logprobs)

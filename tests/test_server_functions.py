@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -11,10 +12,12 @@ import pytest
 from helpers import reference
 from openai import OpenAI
 from serving import (
+    TEMPLATE,
     WEATHER,
     EchoEngine,
     ask,
     chat,
+    chat_checkpoint,
     client_of,
     data_uri,
     echo_shelf,
@@ -208,6 +211,23 @@ def test_a_call_can_be_demanded_of_the_original(original: tuple[OpenAI, EchoEngi
     assert reply.message.tool_calls[0].function.name == "get_weather"
 
 
+def test_the_originals_pictures_have_one_size(original: tuple[OpenAI, EchoEngine]) -> None:
+    client, _ = original
+
+    def ask_about(**fields: Any) -> Any:
+        url = {"url": data_uri("rgb_97x61.png"), "detail": "low"}
+        parts = [
+            {"type": "image_url", "image_url": url, **fields.pop("part", {})},
+            {"type": "text", "text": "say:x"},
+        ]
+        return chat(client, messages=[{"role": "user", "content": parts}], **fields)
+
+    assert ask_about().choices[0].message.content == "x"
+    for fields in ({"part": {"max_pixels": 9999}}, {"extra_body": {"min_pixels": 9999}}):
+        with pytest.raises(openai.BadRequestError, match="one size"):
+            ask_about(**fields)
+
+
 def test_json_schema_holds_for_any_model(client: OpenAI) -> None:
     pytest.importorskip("llguidance", reason="needs the extra 'grammar'")
     schema = {
@@ -239,11 +259,43 @@ def test_json_object_begins_an_object(client: OpenAI) -> None:
     assert json.loads(reply.choices[0].message.content) == {}
 
 
+def test_blanks_in_json_come_to_an_end(client: OpenAI) -> None:
+    """A model that would write nothing but blanks must still finish."""
+    pytest.importorskip("llguidance", reason="needs the extra 'grammar'")
+    blanks = {str(ord(" ")): 100, str(ord("\n")): 90, str(ord("}")): 50}
+    wanted = {"type": "json_object"}
+    reply = chat(client, response_format=wanted, ignore_eos=False, logit_bias=blanks, max_tokens=100)
+    assert json.loads(reply.choices[0].message.content) == {}
+    assert reply.choices[0].finish_reason == "stop"
+
+
 def test_a_schema_that_is_none_is_refused(client: OpenAI) -> None:
     pytest.importorskip("llguidance", reason="needs the extra 'grammar'")
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
     with pytest.raises(openai.BadRequestError, match="nonsense"):
         chat(client, response_format=wanted)
+
+
+def test_thinking_that_a_model_does_not_know_is_refused(
+    original: tuple[OpenAI, EchoEngine], tmp_path: Path
+) -> None:
+    client, _ = original
+    for fields in ({"enable_thinking": True}, {"reasoning_effort": "high"}):
+        with pytest.raises(openai.BadRequestError, match="does not think"):
+            chat(client, "say:x", extra_body=fields)
+    assert chat(client, "say:x", extra_body={"enable_thinking": False}).choices[0].message.content == "x"
+    with pytest.raises(openai.BadRequestError, match="number"):
+        chat(client, "say:x", extra_body={"chat_template_kwargs": {"add_vision_id": True}})
+    folder = chat_checkpoint(tmp_path)
+    always = TEMPLATE.replace("{% if enable_thinking %}<think>\n{% endif %}", "<think>\n")
+    assert always != TEMPLATE
+    (folder / "chat_template.jinja").write_text(always, encoding="utf-8")
+    with serving(echo_shelf(EchoEngine(processor_of(folder)))) as url:
+        thinker = client_of(url)
+        with pytest.raises(openai.BadRequestError, match="always thinks"):
+            chat(thinker, "say:x", extra_body={"enable_thinking": False})
+        reply = chat(thinker, "say:Hm.</think>x", extra_body={"enable_thinking": True}, max_tokens=99)
+        assert reply.choices[0].message.content == "x"
 
 
 def test_reasoning_is_told_apart(told: OpenAI) -> None:

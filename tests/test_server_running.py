@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from serving import (
 )
 
 from qwenvl_mlx.engine import Engine
+from qwenvl_mlx.server.__main__ import main
 from qwenvl_mlx.server.settings import Limits, Settings
 from qwenvl_mlx.server.shelf import Offer, Shelf
 
@@ -54,6 +60,10 @@ from qwenvl_mlx.server.shelf import Offer, Shelf
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
         (
             {
                 "messages": [
@@ -154,6 +164,66 @@ def test_shutdown_lets_an_answer_finish(tiny_chat: Path) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert len(text) >= 90
     assert engine.closed
+
+
+@contextlib.contextmanager
+def command(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command on a free port, and its address once it is ready."""
+    line = [sys.executable, "-m", "qwenvl_mlx.server", "--model", "demo", "--port", "0", *options]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            ready = next(line for line in process.stderr if " is ready at " in line)
+            url = ready.rpartition(" ")[2].strip()
+            wait_for(lambda: reachable(url), 20)
+            yield process, url
+        finally:
+            process.kill()
+
+
+def reachable(url: str) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"{url}/health", timeout=5).status == 200)
+    except urllib.error.URLError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("signals", "patience", "code"),
+    [([signal.SIGTERM], 0.3, -signal.SIGTERM), ([signal.SIGINT, signal.SIGINT], 60, 0)],
+    ids=["SIGTERM and too long an answer", "Ctrl-C twice"],
+)
+def test_stopping_ends_answers_with_a_word(signals: list[signal.Signals], patience: float, code: int) -> None:
+    """No stream breaks off, and no traceback is written."""
+    with command("--shutdown-timeout", str(patience)) as (process, url):
+        stream = chat(client_of(url), stream=True, max_tokens=4000)
+        next(iter(stream))
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.2)
+        with pytest.raises(openai.APIError, match="being stopped"):
+            list(stream)
+        assert process.wait(20) == code
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--model", "/no/such/model", "--port", str(port)]) == 1
+    assert f"port {port} of 127.0.0.1 is in use: pass another --port" in capsys.readouterr().err
+    assert main(["--model", "demo", "--host", "203.0.113.7"]) == 1
+    assert "pass another --host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--port", "70000"], ["--port", "-1"], ["--keep-alive", "nan"]])
+def test_options_out_of_range_are_wrong_usage(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "demo", *options])
+    assert ended.value.code == 2
 
 
 def test_the_python_example_of_the_readme_runs(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import DATA
+from helpers import DATA, reference
 from serving import (
     CHAT,
     STRICT,
@@ -160,6 +160,18 @@ def test_token_ids_outside_the_vocabulary(strict_url: str) -> None:
     assert "token" in refused(strict_url, {"model": "m", "prompt": [1, 2, 2**31 - 1]}, "/v1/completions")
     refused(strict_url, {"model": "m", "prompt": [-1]}, "/v1/completions")
     refused(strict_url, {"model": "m", "prompt": []}, "/v1/completions")
+
+
+def test_a_text_may_not_name_more_pictures_than_a_message(tiny_chat: Path) -> None:
+    """In a raw text for the original Qwen-VL, tags name them."""
+    engine = EchoEngine(processor_of(reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32")))
+    with serving(echo_shelf(engine), Settings(limits=STRICT)) as url:
+        text = "<img>http://127.0.0.1:9/a.png</img>"
+        assert "at most 3" in refused(url, {"model": "m", "prompt": text * 4}, "/v1/completions")
+        assert "public internet" in refused(url, {"model": "m", "prompt": text}, "/v1/completions")
+    engine = EchoEngine(processor_of(tiny_chat))  # to the others they are text
+    with serving(echo_shelf(engine), Settings(limits=STRICT)) as url:
+        assert post(f"{url}/v1/completions", {"model": "m", "prompt": text * 4 + "say:x"})[0] == 200
 
 
 def test_too_many_pictures_frames_and_choices(strict_url: str) -> None:

@@ -102,6 +102,10 @@ class Processor(ABC):
         """How many frames of a video file are taken at most where a request says nothing; None without videos."""
         return None
 
+    def knows(self, variable: str) -> bool:
+        """Whether the chat template asks for a variable, such as "enable_thinking"."""
+        return False
+
     @abstractmethod
     def __call__(
         self,

@@ -88,6 +88,9 @@ class HFProcessor(Processor):
     def max_pixels(self) -> int:
         return self.image_rules.max_pixels
 
+    def knows(self, variable: str) -> bool:
+        return self.chat_template.mentions(variable)
+
     @property
     def max_frames(self) -> int:
         return self.video_rules.max_frames

@@ -1,0 +1,32 @@
+"""The server against its own OpenAPI description: whatever request is made up from it, nothing fails.
+
+Against any running server, and for longer:
+
+    schemathesis run http://127.0.0.1:8000/openapi.json --max-examples 1000 --checks not_a_server_error
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving import post
+
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+    "response_headers_conformance,negative_data_rejection"
+)
+
+
+def test_no_request_makes_the_server_fail(trusting_url: str, tmp_path: Path) -> None:
+    program = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("requests are made up by schemathesis, which is not installed")
+    command = [program, "run", f"{trusting_url}/openapi.json", "--checks", CHECKS, "--phases", "fuzzing"]
+    command += ["--max-examples", "15", "--request-timeout", "20", "--generation-database", "none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert post(f"{trusting_url}/v1/completions", {"model": "m", "prompt": "say:well"})[0] == 200
