@@ -1,7 +1,8 @@
-"""Where the test data lies."""
+"""Where the test data lies, and what several tests need."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,8 @@ def reference(path: str) -> Path:
         if (root / path).exists():
             return root / path
     pytest.skip(f"{path} is neither in tests/data nor beside the checkout")
+
+
+def heed_interrupts() -> None:
+    """For a child process: whoever runs the tests in the background has told it to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import struct
@@ -14,7 +13,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from helpers import reference
+from helpers import heed_interrupts, reference
 
 from qwenvl_mlx import cli
 from qwenvl_mlx.errors import QwenVLError
@@ -177,13 +176,15 @@ def test_wrong_usage_is_2(options: list[str]) -> None:
 def test_interrupt_is_130(model: str) -> None:
     command = [sys.executable, "-m", "qwenvl_mlx.generate", "--model", model, "--raw", "--prompt", "go"]
     command += ["--ignore-eos", "--max-tokens", "30000", "--device", "cpu"]
-    running = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ, text=False
-    )
-    assert running.stdout is not None
-    running.stdout.read(1)  # it is answering
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=30)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heed_interrupts, **pipes) as running:
+        assert running.stdout is not None
+        running.stdout.read(1)  # it is answering
+        running.send_signal(signal.SIGINT)
+        try:
+            _, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130
     assert b"Traceback" not in err
 
