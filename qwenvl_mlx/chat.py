@@ -114,7 +114,8 @@ class Chat:
             return
         media, text = split_media(line)
         if line.startswith("/") and not media:
-            print(f"no command /{command}: /help lists them")
+            is_path = "/" in command or Path(command).suffix.lower() in PICTURES | VIDEOS
+            print(f"/{command} is not a file" if is_path else f"no command /{command}: /help lists them")
             return
         self._attached += media
         if text:
@@ -125,10 +126,11 @@ class Chat:
     def _ask(self, text: str) -> None:
         content = [*self._attached, {"type": "text", "text": text}] if self._attached else text
         self.messages.append({"role": "user", "content": content})
-        if self._answer():
-            self._attached = []
-        else:
+        if not self._answer():
             self.messages.pop()
+            if self._attached:  # one that can't be read would spoil every further question
+                print("(the picture or video is left out: give it again with the next question)")
+        self._attached = []
 
     def _answer(self) -> bool:
         """Stream an answer and keep it; False when there is none."""
@@ -192,7 +194,8 @@ class Chat:
 
 
 # A quoted text, or a word in which a backslash protects the character after it, as terminals paste dropped files.
-WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\])+""")
+# An apostrophe within single quotes comes as '\''.
+WORD = re.compile(r"""'[^']*'(?:\\''[^']*')*|"[^"]*"|(?:\\.|[^\s\\])+""")
 
 
 def split_media(line: str) -> tuple[list[Part], str]:
@@ -216,7 +219,7 @@ def clean_path(text: str) -> str:
     """A path as pasted -> as it is: without quotes, backslashes, ``file://`` and ``%20``; ``~`` expanded."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
+        text = text[1:-1].replace("'\\''", "'")
     elif not isfile(text):
         text = re.sub(r"\\(.)", r"\1", text)
     if text.startswith("file://"):

@@ -10,6 +10,7 @@ from fakes import FakeModel, FakeProcessor
 
 from qwenvl_mlx.chat import Chat, clean_path, split_media
 from qwenvl_mlx.engine import Engine, GenerationOptions
+from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.processor.base import MediaOptions
 
 
@@ -33,6 +34,13 @@ def test_a_pasted_path_is_a_picture_in_every_spelling(photo: Path, style: str) -
         "uri": photo.as_uri(),
     }.get(style, style.format(photo))
     assert split_media(text) == ([{"type": "image", "image": str(photo)}], "")
+
+
+def test_an_apostrophe_in_a_quoted_path(tmp_path: Path) -> None:
+    path = tmp_path / "it's a dog.png"
+    path.write_bytes(b"x")
+    for written in (str(path).replace("'", "'\\''").join("''"), f'"{path}"'):
+        assert split_media(f"what is {written} ?") == ([{"type": "image", "image": str(path)}], "what is ?")
 
 
 def test_paths_within_a_question(photo: Path, tmp_path: Path) -> None:
@@ -76,14 +84,32 @@ def test_a_failed_question_is_forgotten(chat: Chat, capsys: pytest.CaptureFixtur
     assert "limit" in capsys.readouterr().err
 
 
+def test_a_picture_that_fails_does_not_spoil_the_next_question(
+    chat: Chat, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MediaError("my photo (1).JPG is not a picture that can be read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeProcessor, "__call__", refuse)
+        chat.take(f"'{photo}' what is it?")
+    said = capsys.readouterr()
+    assert "not a picture" in said.err
+    assert "left out" in said.out
+    chat.take("and now?")
+    assert chat.messages[0]["content"] == "and now?"
+
+
 def test_commands(chat: Chat, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat.take("/help")
     chat.take("/image no such file.png")
     chat.take("/nonsense")
+    chat.take("/no/such.png what is it?")
     out = capsys.readouterr().out
     assert "Ctrl-C" in out
     assert "is not a file" in out
     assert "no command /nonsense" in out
+    assert "/no/such.png is not a file" in out
     chat.take(f"/image {photo}")
     assert photo.name in capsys.readouterr().out
 
