@@ -1,10 +1,10 @@
-"""The README's parity table: our logits against PyTorch's, on tiny random models of every later generation.
+"""The README's parity table: our logits against PyTorch's, on tiny random models of every generation.
 
     python -m benchmarks.parity_table
 
-Both sides get the same weights and inputs. float32: the largest difference of any logit. bfloat16: the largest error
-of either side against PyTorch in float32, ours first; rounding makes both differ from it, by chance one way or the
-other. Needs torch and transformers.
+Both sides get the same weights and inputs. float32: the largest difference of any logit. bfloat16: the root mean square
+error of either side against PyTorch in float32, ours first; rounding makes both differ from it, by chance one way or
+the other. Needs torch and transformers; the original Qwen-VL's numbers come from files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks import parity_original as original
+from benchmarks.parity_original import Cell, Row, largest, spread
 from qwenvl_mlx.checkpoint.loading import cast_floating, fill
 from qwenvl_mlx.layers.batch import left_pad
 from qwenvl_mlx.media import Embedded, Media, Prompt
@@ -280,8 +282,8 @@ def torch_logits(reference: Any, model: MRopeModel, whole: Prompt) -> Any:
     return out.logits.float().numpy()
 
 
-def measure(generation: str) -> dict[str, tuple[float, float, float]]:
-    """Per case: the float32 difference, our bfloat16 error, PyTorch's bfloat16 error."""
+def measure(generation: str) -> Row:
+    """Every case of a later generation, live."""
     import copy
 
     import torch
@@ -294,20 +296,21 @@ def measure(generation: str) -> dict[str, tuple[float, float, float]]:
     for name, run in cases(generation, pair.model):
         found, wanted = run(pair, reference)
         rounded, theirs = run(half, half_reference)
-        results[name] = tuple(float(np.abs(x - wanted).max()) for x in (found, rounded, theirs))
-    return results  # type: ignore[return-value]
+        results[name] = Cell(largest(found, wanted), (spread(rounded, wanted), spread(theirs, wanted)))
+    return results
 
 
 def main() -> int:
     """Print the Markdown table."""
-    table = {generation: measure(generation) for generation in GENERATIONS}
-    names = list(next(iter(table.values())))
-    print("| | type |", " | ".join(names), "|")
+    table = {"qwen (Qwen-VL)": original.measure()}
+    table |= {generation: measure(generation) for generation in GENERATIONS}
+    names = list(table[GENERATIONS[0]])
+    print("| | |", " | ".join(names), "|")
     print("|---|---|" + "---|" * len(names))
     for generation, results in table.items():
-        print(f"| {generation} | float32 |", " | ".join(f"{results[name][0]:.0e}" for name in names), "|")
-        halves = (f"{results[name][1]:.2f} / {results[name][2]:.2f}" for name in names)
-        print("| | bfloat16 |", " | ".join(halves), "|")
+        cells = [results.get(name, Cell()) for name in names]
+        print(f"| {generation} | float32 |", " | ".join(cell.single for cell in cells), "|")
+        print("| | bfloat16 |", " | ".join(cell.half for cell in cells), "|")
     return 0
 
 

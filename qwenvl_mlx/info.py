@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -93,21 +93,27 @@ def machine() -> list[str]:
 def fitting(context: int) -> list[str]:
     """A table of all known sizes: weights and one conversation, and whether they fit."""
     from qwenvl_mlx.engine.memory import working_set
-    from qwenvl_mlx.models import model_class
-    from qwenvl_mlx.sizes import SIZES
 
     room = working_set()
     lines = [
         f"Memory of the weights and {context} tokens of conversation (+ fits, - does not)",
         f"{'':20}{'parameters':>12}" + "".join(f"{form:>14}" for form in FORMS),
     ]
-    for name, config in SIZES.items():
-        size = Size.of(name, model_class(config)(config))
+    for size in published():
         needs = [size.nbytes(bits, context) for bits in FORMS.values()]
         cells = [f"{_gb(need)} {'+' if need <= room else '-'}" for need in needs]
         parameters = f"{size.parameters / 1e9:.1f} B"
-        lines.append(f"{name:20}{parameters:>12}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"{size.name:20}{parameters:>12}" + "".join(f"{cell:>14}" for cell in cells))
     return lines
+
+
+def published() -> Iterator[Size]:
+    """All known sizes."""
+    from qwenvl_mlx.models import model_class
+    from qwenvl_mlx.sizes import SIZES
+
+    for name, config in SIZES.items():
+        yield Size.of(name, model_class(config)(config))
 
 
 def present() -> list[str]:

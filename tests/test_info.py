@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from qwenvl_mlx.info import Size, machine, main, present
+from qwenvl_mlx.info import FORMS, Size, machine, main, present, published
 from qwenvl_mlx.models import model_class
 from qwenvl_mlx.sizes import SIZES
 
@@ -26,6 +28,14 @@ def test_memory_grows_with_context_and_shrinks_with_bits() -> None:
     assert size.nbytes(16, 0) == 2 * size.parameters
     assert size.nbytes(16, 1000) - size.nbytes(16, 0) == pytest.approx(1000 * size.token, abs=1)
     assert 0.28 < size.nbytes(4.5, 0) / size.nbytes(16, 0) < 0.4  # the vision tower stays as it is
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_readmes_say_what_is_counted(readme: str) -> None:
+    text = (Path(__file__).parent.parent / readme).read_text(encoding="utf-8")
+    for size in published():
+        needs = [f"{size.nbytes(bits, 8192) / 1e9:.1f}" for bits in FORMS.values()]
+        assert f"| {size.name} | {size.parameters / 1e9:.1f} B | {' | '.join(needs)} |" in text
 
 
 def test_the_command_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:

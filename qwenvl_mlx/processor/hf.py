@@ -218,9 +218,10 @@ class HFProcessor(Processor):
 
     def _check_length(self, tokens: int, media: Sequence[Media]) -> None:
         if self.context_length is not None and tokens > self.context_length:
+            cure = "send fewer or smaller ones (max_pixels, fps, max_frames)" if media else "shorten it"
             raise PromptError(
                 f"the prompt has at least {tokens} tokens ({media_kinds(media)}) but the model takes "
-                f"{self.context_length}: send fewer or smaller ones (max_pixels, fps, max_frames)"
+                f"{self.context_length}: {cure}"
             )
 
 
