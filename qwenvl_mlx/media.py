@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+
+from qwenvl_mlx.errors import MediaError, PromptError
 
 Triple = tuple[float, float, float]
 
@@ -40,8 +43,17 @@ class Media:
     digest: str = ""
 
     def __post_init__(self) -> None:
+        """Arrays of any library are welcome; MLX takes shapes in Python's own integers only."""
+        put = partial(object.__setattr__, self)
+        put("grid", tuple(int(count) for count in self.grid))
+        if self.kind not in ("image", "video") or len(self.grid) != 3:
+            raise MediaError(
+                f"media of kind {self.kind!r}, grid {self.grid}: give image or video, and (t, h, w)"
+            )
+        if not isinstance(self.patches, mx.array):
+            put("patches", np.asarray(self.patches))
         if not self.digest:
-            object.__setattr__(self, "digest", self._content_digest())
+            put("digest", self._content_digest())
 
     def _content_digest(self) -> str:
         about = f"{self.kind} {self.grid} {self.seconds_per_grid} {self.timestamps} {self.mean} {self.std}"
@@ -58,6 +70,13 @@ class Prompt:
 
     input_ids: list[int]
     media: list[Media] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ids = np.asarray(self.input_ids, np.int64)
+        if ids.ndim != 1:
+            raise PromptError(f"input_ids have the shape {ids.shape}: give one row of a batch")
+        object.__setattr__(self, "input_ids", ids.tolist())
+        object.__setattr__(self, "media", list(self.media))
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -152,6 +152,28 @@ def test_placeholders_and_media_must_agree(model: MRopeModel, generation: str) -
         model.embed([IMAGE, IMAGE, 1, *[IMAGE] * 4], [None], [picture])
 
 
+def test_ids_beyond_the_vocabulary_are_refused(model: MRopeModel) -> None:
+    """MLX would read memory that is none of the embedding's."""
+    for ids in ([1, 10**6], [1, -1], [model.vocab_size]):
+        with pytest.raises(PromptError, match="no token of this model"):
+            model.embed(ids, [], [])
+
+
+def test_arrays_of_other_libraries_are_as_good_as_lists(model: MRopeModel, generation: str) -> None:
+    whole = mixed(model, generation)
+    given = Prompt(
+        np.array(whole.input_ids),  # type: ignore[arg-type]
+        tuple(replace(item, grid=np.array(item.grid), digest="") for item in whole.media),  # type: ignore[arg-type]
+    )
+    assert given == replace(given, input_ids=whole.input_ids)
+    assert [item.digest for item in given.media] == [item.digest for item in whole.media]
+    assert mx.array_equal(model.logits(given), model.logits(whole))
+    with pytest.raises(PromptError, match="one row"):
+        Prompt([whole.input_ids])  # type: ignore[list-item]
+    with pytest.raises(MediaError, match="image or video"):
+        Media("picture", whole.media[0].patches, (1, 4, 6))  # type: ignore[arg-type]
+
+
 def test_patches_must_fit_their_grid(model: MRopeModel, generation: str) -> None:
     picture = rows(generation, (1, 4, 6), "image", 1)
     for wrong in (replace(picture, grid=(1, 4, 8)), replace(picture, patches=picture.patches[:, :-1])):

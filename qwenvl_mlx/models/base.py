@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenvl_mlx.errors import PromptError
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.shard import Group
 from qwenvl_mlx.layers.stages import Stages
@@ -71,6 +72,16 @@ class VisionLanguageModel(nn.Module, ABC):
         ``features[i]`` may be None where the tokens of ``media[i]`` are already in the KV cache: zeros stand in.
         Raises ``PromptError`` when placeholders and media don't fit each other.
         """
+
+    def token_array(self, input_ids: Sequence[int]) -> mx.array:
+        """Ids for an embedding, int32 ``[L]``; ``PromptError`` for one beyond its rows, which MLX does not check."""
+        ids = np.asarray(input_ids, np.int64)
+        strange = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(strange):
+            raise PromptError(
+                f"{strange[0]} is no token of this model: ids go from 0 to {self.vocab_size - 1}"
+            )
+        return mx.array(ids.astype(np.int32))
 
     @abstractmethod
     def media_places(self, input_ids: Sequence[int], media: Sequence[Media]) -> list[Places]:

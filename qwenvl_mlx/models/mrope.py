@@ -85,7 +85,7 @@ class MRopeModel(VisionLanguageModel):
     ) -> Embedded:
         positions, delta = self.placeholders.positions(input_ids, media)
         places = self.placeholders.find(input_ids, media)
-        hidden = self.language_model.model.embed_tokens(mx.array(list(input_ids)))
+        hidden = self.language_model.model.embed_tokens(self.token_array(input_ids))
         known = [(place, found) for place, found in zip(places, features, strict=True) if found is not None]
         if places:
             everywhere = np.concatenate(places)

@@ -257,7 +257,7 @@ class Model(VisionLanguageModel):
     ) -> Embedded:
         """A picture stands in ``<img>``, ``n_queries`` slots, ``</img>``: whatever the slots hold is overwritten."""
         places, length = self._places(input_ids, len(features)), len(input_ids)
-        hidden = self.language_model.model.wte(mx.array(list(input_ids)))  # [L, hidden]
+        hidden = self.language_model.model.wte(self.token_array(input_ids))  # [L, hidden]
         if places:
             empty = mx.zeros((self.vision.n_queries, hidden.shape[1]), hidden.dtype)
             rows = [empty if item is None else item.embeddings.astype(hidden.dtype) for item in features]
