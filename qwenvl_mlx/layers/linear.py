@@ -48,12 +48,24 @@ def map_rows(layer: nn.Module, change: Callable[[str], mx.array]) -> nn.Module:
     return layer
 
 
+def apply(layer: nn.Module, x: mx.array) -> mx.array:
+    """``layer(x)`` of ``[L, inputs]`` or ``[B, L, inputs]``, all rows of a batch in one product.
+
+    MLX's sum with a bias goes through a batch row by row on CPUs, and reads the weights anew for each.
+    """
+    if x.ndim < 3 or len(x) == 1:
+        return layer(x)  # type: ignore[no-any-return]
+    return mx.unflatten(layer(x.flatten(0, 1)), 0, x.shape[:2])
+
+
 def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
-    """``residual + layer(x)``, in one kernel where the layer is plain and has no bias."""
-    if isinstance(layer, nn.Linear) and "bias" not in layer:
+    """``residual + layer(x)``, in one kernel where the layer is plain and has no bias. Rows as in ``apply``."""
+    if not isinstance(layer, nn.Linear) or "bias" in layer:
+        return residual + apply(layer, x)
+    if x.ndim < 3 or len(x) == 1:
         return mx.addmm(residual, x, layer.weight.T)
-    update: mx.array = layer(x)
-    return residual + update
+    added = mx.addmm(residual.flatten(0, 1), x.flatten(0, 1), layer.weight.T)
+    return mx.unflatten(added, 0, x.shape[:2])
 
 
 def join_children(module: nn.Module, names: Sequence[str], joined: str) -> None:
@@ -66,5 +78,5 @@ def join_children(module: nn.Module, names: Sequence[str], joined: str) -> None:
 def project(module: nn.Module, names: Sequence[str], joined: str, x: mx.array) -> mx.array:
     """Outputs of the linear layers ``names`` side by side, whether they were joined or not."""
     if joined in module:
-        return module[joined](x)  # type: ignore[no-any-return]
-    return mx.concatenate([module[name](x) for name in names], axis=-1)
+        return apply(module[joined], x)
+    return mx.concatenate([apply(module[name], x) for name in names], axis=-1)

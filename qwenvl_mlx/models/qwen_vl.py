@@ -17,7 +17,7 @@ from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
-from qwenvl_mlx.layers.linear import add_linear, join, joinable
+from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.shard import Group, part_of, split_inputs, split_outputs
 from qwenvl_mlx.layers.stages import Stages
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self, residual: mx.array, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any
     ) -> mx.array:
         batch, length, _ = x.shape
-        heads = self.c_attn(x).reshape(batch, length, 3 * self._heads, -1).transpose(0, 2, 1, 3)
+        heads = apply(self.c_attn, x).reshape(batch, length, 3 * self._heads, -1).transpose(0, 2, 1, 3)
         rotated = positions.rotate(heads[:, : 2 * self._heads])  # queries and keys in one call
         query, key = rotated[:, : self._heads], rotated[:, self._heads :]
         value = heads[:, 2 * self._heads :]
