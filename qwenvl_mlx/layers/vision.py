@@ -136,6 +136,21 @@ class TwoLayers(nn.Module):
         return self[self.second](self.activation(self[self.first](x)))  # type: ignore[no-any-return]
 
 
+class PatchMerger(nn.Module):
+    """Qwen2's: a norm of each patch; then ``merge x merge`` of them become one token of ``out`` numbers."""
+
+    def __init__(self, norm: Callable[[], nn.Module], width: int, merge: int, out: int) -> None:
+        super().__init__()
+        self.merge = merge
+        joined = width * merge**2
+        self.ln_q = norm()
+        self.mlp = [nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, out)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        first, activation, second = self.mlp
+        return second(activation(first(merge_rows(self.ln_q(x), self.merge))))  # type: ignore[no-any-return]
+
+
 def merge_rows(x: mx.array, merge: int) -> mx.array:
     """Each block of ``merge x merge`` patches side by side: ``[n, d]`` -> ``[n / merge², merge² d]``."""
     return x.reshape(-1, merge * merge * x.shape[-1])

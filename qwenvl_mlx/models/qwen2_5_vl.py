@@ -10,22 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError
-from qwenvl_mlx.layers.decoder import DecoderConfig
 from qwenvl_mlx.layers.grid import Segments, Windows, patch_angles
 from qwenvl_mlx.layers.mlp import MLP
-from qwenvl_mlx.layers.rotary import MRope
-from qwenvl_mlx.layers.spans import Placeholders
 from qwenvl_mlx.layers.stages import Stages
-from qwenvl_mlx.layers.vision import PatchEmbed, StagedTower, VisionAttention, VisionBlock, merge_rows
-from qwenvl_mlx.layers.weights import to_mlx_layout
+from qwenvl_mlx.layers.vision import PatchEmbed, PatchMerger, StagedTower, VisionAttention, VisionBlock
 from qwenvl_mlx.media import Features, Media
-from qwenvl_mlx.models.mrope import MRopeModel, text_section, tied, vision_section
-from qwenvl_mlx.models.qwen2_vl import ROPE, decoder
+from qwenvl_mlx.models.mrope import vision_section
+from qwenvl_mlx.models.qwen2_vl import Qwen2Model
 
 
 @dataclass(frozen=True)
@@ -57,21 +52,6 @@ class VisionConfig:
         return self.window_size // self.spatial_merge_size // self.patch_size
 
 
-class Merger(nn.Module):
-    """A norm per patch; then blocks of patches become one token."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.merge = config.spatial_merge_size
-        width = config.hidden_size * self.merge**2
-        self.ln_q = nn.RMSNorm(config.hidden_size, 1e-6)
-        self.mlp = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        first, activation, second = self.mlp
-        return second(activation(first(merge_rows(self.ln_q(x), self.merge))))  # type: ignore[no-any-return]
-
-
 class VisionTower(StagedTower):
     """Patches of one picture or video -> its features. Between, patches stand window by window."""
 
@@ -90,7 +70,7 @@ class VisionTower(StagedTower):
             )
             for _ in range(config.depth)
         ]
-        self.merger = Merger(config)
+        self.merger = PatchMerger(norm, config.hidden_size, config.spatial_merge_size, config.out_hidden_size)
 
     def stages(self, media: Media) -> Stages[Features]:
         config, grid = self.config, media.grid
@@ -109,28 +89,14 @@ class VisionTower(StagedTower):
         return Features(self.merger(hidden)[windows.restore])
 
 
-class Model(MRopeModel):
+class Model(Qwen2Model):
     """``model_type`` ``qwen2_5_vl``."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         vision = from_dict(VisionConfig, vision_section(config), where="vision_config")
-        text = from_dict(DecoderConfig, text_section(config))
         super().__init__(
             config,
-            vision=VisionTower(vision),
-            decoder=decoder(text, tied=tied(config, nested=True)),
-            text=text,
-            rope=MRope.of(text_section(config), text.head_size, interleaved=False, defaults=ROPE),
-            placeholders=Placeholders(
-                image=config.get("image_token_id", 151655),
-                video=config.get("video_token_id", 151656),
-                merge=vision.spatial_merge_size,
-                ticks_per_second=vision.tokens_per_second,
-            ),
-        )
-
-    @classmethod
-    def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
-        return to_mlx_layout(
-            weights, channels=vision_section(config)["in_channels"], tied=tied(config, nested=True)
+            VisionTower(vision),
+            merge=vision.spatial_merge_size,
+            ticks_per_second=vision.tokens_per_second,
         )

@@ -24,11 +24,11 @@ from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.layers.vision import (
     ACTIVATIONS,
     PatchEmbed,
+    PatchMerger,
     StagedTower,
     TwoLayers,
     VisionAttention,
     VisionBlock,
-    merge_rows,
 )
 from qwenvl_mlx.layers.weights import to_mlx_layout
 from qwenvl_mlx.media import Features, Media
@@ -56,21 +56,6 @@ class VisionConfig:
         one_of(self.hidden_act, ACTIVATIONS, key="vision_config.hidden_act")
 
 
-class Merger(nn.Module):
-    """A norm per patch; then blocks of patches become one token."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.merge = config.spatial_merge_size
-        width = config.embed_dim * self.merge**2
-        self.ln_q = nn.LayerNorm(config.embed_dim, 1e-6)
-        self.mlp = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.hidden_size)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        first, activation, second = self.mlp
-        return second(activation(first(merge_rows(self.ln_q(x), self.merge))))  # type: ignore[no-any-return]
-
-
 class VisionTower(StagedTower):
     """Patches of one picture or video -> its features."""
 
@@ -91,7 +76,7 @@ class VisionTower(StagedTower):
             )
             for _ in range(config.depth)
         ]
-        self.merger = Merger(config)
+        self.merger = PatchMerger(norm, width, config.spatial_merge_size, config.hidden_size)
 
     def stages(self, media: Media) -> Stages[Features]:
         config = self.config
@@ -104,22 +89,29 @@ class VisionTower(StagedTower):
         return Features(self.merger(hidden))
 
 
-class Model(MRopeModel):
-    """``model_type`` ``qwen2_vl``."""
+class Qwen2Model(MRopeModel):
+    """A vision tower before the Qwen2 decoder. ``ticks_per_second``: of the temporal axis, where time is absolute."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        vision = from_dict(VisionConfig, vision_section(config), where="vision_config")
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        vision: StagedTower,
+        *,
+        merge: int,
+        ticks_per_second: float | None = None,
+    ) -> None:
         text = from_dict(DecoderConfig, text_section(config))
         super().__init__(
             config,
-            vision=VisionTower(vision),
+            vision=vision,
             decoder=decoder(text, tied=tied(config, nested=True)),
             text=text,
             rope=MRope.of(text_section(config), text.head_size, interleaved=False, defaults=ROPE),
             placeholders=Placeholders(
                 image=config.get("image_token_id", 151655),
                 video=config.get("video_token_id", 151656),
-                merge=vision.spatial_merge_size,
+                merge=merge,
+                ticks_per_second=ticks_per_second,
             ),
         )
 
@@ -128,6 +120,14 @@ class Model(MRopeModel):
         return to_mlx_layout(
             weights, channels=vision_section(config)["in_channels"], tied=tied(config, nested=True)
         )
+
+
+class Model(Qwen2Model):
+    """``model_type`` ``qwen2_vl``."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        vision = from_dict(VisionConfig, vision_section(config), where="vision_config")
+        super().__init__(config, VisionTower(vision), merge=vision.spatial_merge_size)
 
 
 def decoder(config: DecoderConfig, *, tied: bool) -> Decoder:

@@ -16,14 +16,12 @@ import mlx.nn as nn
 from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.layers.attention import GatedAttention
 from qwenvl_mlx.layers.cache import Cache, kv
-from qwenvl_mlx.layers.decoder import Decoder, DecoderConfig, DecoderLayer
+from qwenvl_mlx.layers.decoder import DecoderConfig, DecoderLayer
 from qwenvl_mlx.layers.delta_net import GatedDeltaNet
 from qwenvl_mlx.layers.mlp import MLP, SharedExperts
-from qwenvl_mlx.layers.rotary import MRope
-from qwenvl_mlx.layers.spans import Placeholders
-from qwenvl_mlx.layers.weights import rename, split_experts, to_mlx_layout
-from qwenvl_mlx.models.mrope import MRopeModel, text_section, tied, vision_section
-from qwenvl_mlx.models.qwen3_vl import VisionConfig, VisionTower
+from qwenvl_mlx.layers.weights import rename, split_experts
+from qwenvl_mlx.models.mrope import text_section
+from qwenvl_mlx.models.qwen3_vl import Qwen3Model
 
 ROPE = {"mrope_section": (11, 11, 10), "partial_rotary_factor": 0.25}
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -64,33 +62,20 @@ class TextConfig(DecoderConfig):
         return (layer + 1) % self.full_attention_interval != 0
 
 
-class Model(MRopeModel):
+class Model(Qwen3Model):
     """``model_type`` ``qwen3_5`` and ``qwen3_5_moe``."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        vision = from_dict(VisionConfig, vision_section(config), where="vision_config")
         text = from_dict(TextConfig, text_section(config), where="text_config")
         layers = [_layer(text, index) for index in range(text.num_hidden_layers)]
-        super().__init__(
-            config,
-            vision=VisionTower(vision),
-            decoder=Decoder(text, layers, tied=tied(config)),
-            text=text,
-            rope=MRope.of(text_section(config), text.head_size, interleaved=True, defaults=ROPE),
-            placeholders=Placeholders(
-                image=config.get("image_token_id", 248056),
-                video=config.get("video_token_id", 248057),
-                merge=vision.spatial_merge_size,
-                frame_spans=True,
-            ),
-        )
+        super().__init__(config, text, layers, rope=ROPE, image=248056, video=248057)
         self.linear = tuple(text.is_linear(index) for index in range(text.num_hidden_layers))
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
         text = text_section(config)
         shifted = {name: _add_one(name, array) for name, array in weights.items()}
-        renamed = to_mlx_layout(shifted, channels=vision_section(config)["in_channels"], tied=tied(config))
+        renamed = super().sanitize(shifted, config)
         turned = {name: _channels_last(name, array) for name, array in renamed.items()}
         if not text.get("num_experts"):
             return turned

@@ -5,7 +5,7 @@ Source of every rule: the released checkpoints' configuration and the PyTorch co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -136,22 +136,28 @@ class VisionTower(StagedTower):
 
 
 class Qwen3Model(MRopeModel):
-    """Qwen3-VL with the feed-forward layers that ``mlp(index)`` makes."""
+    """Qwen3-VL's vision tower before these layers. ``rope``, ``image``, ``video``: what a generation has by default."""
 
     def __init__(
-        self, config: Mapping[str, Any], text: DecoderConfig, mlp: Callable[[int], nn.Module]
+        self,
+        config: Mapping[str, Any],
+        text: DecoderConfig,
+        layers: Sequence[DecoderLayer],
+        *,
+        rope: Mapping[str, Any] = ROPE,
+        image: int = 151655,
+        video: int = 151656,
     ) -> None:
         vision = from_dict(VisionConfig, vision_section(config), where="vision_config")
-        layers = [DecoderLayer(text, _attention(text), mlp(index)) for index in range(text.num_hidden_layers)]
         super().__init__(
             config,
             vision=VisionTower(vision),
             decoder=Decoder(text, layers, tied=tied(config)),
             text=text,
-            rope=MRope.of(text_section(config), text.head_size, interleaved=True, defaults=ROPE),
+            rope=MRope.of(text_section(config), text.head_size, interleaved=True, defaults=rope),
             placeholders=Placeholders(
-                image=config.get("image_token_id", 151655),
-                video=config.get("video_token_id", 151656),
+                image=config.get("image_token_id", image),
+                video=config.get("video_token_id", video),
                 merge=vision.spatial_merge_size,
                 frame_spans=True,
             ),
@@ -167,10 +173,15 @@ class Model(Qwen3Model):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         text = from_dict(TextConfig, text_section(config), where="text_config")
-        super().__init__(config, text, lambda _: MLP(text.hidden_size, text.intermediate_size))
+        layers = [
+            DecoderLayer(text, attention(text), MLP(text.hidden_size, text.intermediate_size))
+            for _ in range(text.num_hidden_layers)
+        ]
+        super().__init__(config, text, layers)
 
 
-def _attention(config: DecoderConfig) -> Attention:
+def attention(config: DecoderConfig) -> Attention:
+    """Queries and keys are normed."""
     return Attention(
         config.hidden_size,
         config.num_attention_heads,

@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.config import from_dict
+from qwenvl_mlx.layers.decoder import DecoderLayer
 from qwenvl_mlx.layers.mlp import MLP, Experts
 from qwenvl_mlx.layers.weights import split_experts
 from qwenvl_mlx.models.mrope import text_section
-from qwenvl_mlx.models.qwen3_vl import Qwen3Model, TextConfig
+from qwenvl_mlx.models.qwen3_vl import Qwen3Model, TextConfig, attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,10 @@ class Model(Qwen3Model):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         text = from_dict(MoEConfig, text_section(config), where="text_config")
-        super().__init__(config, text, lambda index: _mlp(text, index))
+        layers = [
+            DecoderLayer(text, attention(text), _mlp(text, index)) for index in range(text.num_hidden_layers)
+        ]
+        super().__init__(config, text, layers)
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
