@@ -110,7 +110,7 @@ def test_running_answers_go_on_while_a_large_picture_is_encoded(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.pauses = 60
-    monkeypatch.setattr("qwenvl_mlx.engine.prefill.PATCH_BLOCKS", 9)
+    monkeypatch.setattr("qwenvl_mlx.engine.pace.MOST_PATCHES", 9)
     with engine_for(model) as engine:
         running = engine.submit("go", GenerationOptions(max_tokens=400, ignore_eos=True, logprobs=0))
         events = iter(running)

@@ -20,6 +20,7 @@ from qwenvl_mlx.engine.kv import cache_maker
 from qwenvl_mlx.engine.lookup import Lookup
 from qwenvl_mlx.engine.memory import MemoryPlan
 from qwenvl_mlx.engine.options import EngineOptions
+from qwenvl_mlx.engine.pace import Paces
 from qwenvl_mlx.engine.prefill import Prefill
 from qwenvl_mlx.engine.prefix_cache import Ids, PrefixCache
 from qwenvl_mlx.engine.request import Request
@@ -61,6 +62,7 @@ class Loop:
         self._turn = processor.tokenizer.id("<|im_start|>")
         budget = memory.default_cache_bytes() if options.cache_bytes is None else options.cache_bytes
         self.prefixes = PrefixCache(budget)
+        self._paces = Paces(lambda: self._answering > 0, options.prefill_chunk)
         self._prefill: Prefill | None = None
         self._slices: Iterator[None] = iter(())
         self._closing = threading.Event()
@@ -160,7 +162,7 @@ class Loop:
             self._new_cache,
             self.prefixes,
             sequence,
-            chunk=self._options.prefill_chunk,
+            paces=self._paces,
             turn=self._turn,
         )
         self._slices = self._prefill.run()

@@ -63,7 +63,8 @@ class GenerationOptions:
 class EngineOptions:
     """Options of the engine.
 
-    ``prefill_chunk``: tokens of a prompt that are run at once. ``max_batch``: requests decoded together.
+    ``prefill_chunk``: most tokens of a prompt that are run at once; fewer while answers run, see ``pace``.
+    ``max_batch``: requests decoded together.
     ``max_queue``: requests that may wait. ``cache_bytes``: budget of the prefix cache (None: from the memory).
     ``max_kv_size``: tokens that a sequence may keep. ``kv_bits``: quantise the KV cache to 4 or 8 bits.
     ``prompt_lookup``: guess tokens of greedy answers from the prompt, see ``lookup``; the answer stays the same.

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from itertools import pairwise
 
 import mlx.core as mx
 
+from qwenvl_mlx.engine.pace import Paces
 from qwenvl_mlx.engine.prefix_cache import Ids, PrefixCache, content_ids
 from qwenvl_mlx.engine.sequence import Sequence
 from qwenvl_mlx.layers.cache import Cache
-from qwenvl_mlx.media import Features, Media
+from qwenvl_mlx.media import Embedded, Features, Media
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
-
-PATCH_BLOCKS = (
-    16384  # patches times blocks of the vision tower in one slice: 512 tokens of a 7B decoder cost as much
-)
 
 
 class Prefill:
     """The work on one prompt.
 
-    ``chunk``: tokens of one slice. ``turn``: the token that opens a turn, if there is one.
+    ``paces``: how large its slices are. ``turn``: the token that opens a turn, if there is one.
     After ``run`` has ended, ``cache`` holds the prompt and ``logits`` ``[vocab]`` are those of its end.
     """
 
@@ -33,7 +30,7 @@ class Prefill:
         memory: PrefixCache,
         sequence: Sequence,
         *,
-        chunk: int,
+        paces: Paces,
         turn: int | None = None,
     ) -> None:
         self.sequence = sequence
@@ -44,11 +41,11 @@ class Prefill:
         self._model = model
         self._new_cache = new_cache
         self._memory = memory
-        self._chunk = chunk
+        self._paces = paces
         self._turn = turn
 
     def run(self) -> Iterator[None]:
-        """Yields after each slice: one picture, or ``chunk`` tokens."""
+        """Yields after each slice: some blocks of the vision tower, or some tokens."""
         prompt = self.sequence.request.prompt
         self.ids = content_ids(self._model, prompt)
         places = self._model.media_places(prompt.input_ids, prompt.media)
@@ -61,15 +58,25 @@ class Prefill:
         embedded = self._model.embed(prompt.input_ids, features, prompt.media)
         remembers = self._memory.budget > 0 and not self.cache.trimmable
         marks = self._marks(places) if remembers else []
-        for begin, end in self._slices(known, marks):
+        yield from self._read(embedded, known, marks)
+        self.sequence.prefilled = time.perf_counter()
+
+    def _read(self, embedded: Embedded, begin: int, marks: list[int]) -> Iterator[None]:
+        """Run the decoder over the tokens from ``begin`` on; a mark is always the end of a slice."""
+        length = len(self.ids)
+        while begin < length:
+            started = time.perf_counter()
+            edge = next((mark for mark in marks if mark > begin), length)
+            end = min(begin + self._paces.next_tokens(), edge)
             logits = self._model(embedded.slice(begin, end), self.cache, last_only=True)
-            mx.eval(self.cache.arrays, *([logits] if end == len(prompt) else []))
+            mx.eval(self.cache.arrays, *([logits] if end == length else []))
+            self._paces.tokens.learn(end - begin, time.perf_counter() - started)
             if end in marks:
                 self._memory.put(self.ids[:end], self.rope_key, self.cache)
-            if end < len(prompt):
+            if end < length:
                 yield
+            begin = end
         self.logits = logits[0, -1]
-        self.sequence.prefilled = time.perf_counter()
 
     def _features(self, media: Media) -> Generator[None, None, Features]:
         features = self._memory.features(media.digest)
@@ -83,9 +90,8 @@ class Prefill:
 
     def _encode(self, media: Media) -> Generator[None, None, Features]:
         """Run the vision tower, the larger the picture the fewer of its blocks at once."""
-        patches = media.grid[0] * media.grid[1] * media.grid[2]
-        at_once = max(PATCH_BLOCKS // patches, 1)
-        stages, done = self._model.encode_stages(media), 0
+        patches = math.prod(media.grid)
+        stages, done, started = self._model.encode_stages(media), 0, time.perf_counter()
         while True:
             try:
                 hidden = next(stages)
@@ -94,16 +100,11 @@ class Prefill:
                 mx.eval(features.embeddings, *features.deepstack)
                 return features
             done += 1
-            if done % at_once == 0:
+            if done >= self._paces.next_blocks(patches):
                 mx.eval(hidden)
+                self._paces.patches.learn(done * patches, time.perf_counter() - started)
                 yield
-
-    def _slices(self, known: int, marks: list[int]) -> list[tuple[int, int]]:
-        """Begin and end of each slice; a mark is always an end."""
-        length = len(self.ids)
-        edges = {known, length} | {mark for mark in marks if known < mark < length}
-        cuts = [range(begin, end, self._chunk) for begin, end in pairwise(sorted(edges))]
-        return list(pairwise([*(at for cut in cuts for at in cut), length]))
+                done, started = 0, time.perf_counter()
 
     def _marks(self, places: list[Places]) -> list[int]:
         """Where later prompts are likely to part from this one: a state that can't be cut is kept there."""

@@ -1,0 +1,83 @@
+"""Slices are as large as a moment allows while somebody waits, and as large as possible else."""
+
+from __future__ import annotations
+
+import time
+
+import mlx.core as mx
+import pytest
+from fakes import FakeModel, FakeProcessor, ask, picture
+
+from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Request
+from qwenvl_mlx.engine.pace import LEAST_TOKENS, STALL, Pace, Paces
+from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.stages import Stages
+from qwenvl_mlx.media import Embedded, Features, Media
+
+
+def test_a_slice_takes_what_fits_the_moment() -> None:
+    pace = Pace(32, 512)
+    assert pace.slice(hurried=False) == 512
+    assert pace.slice(hurried=True) == 32  # nothing is known yet
+    pace.learn(100, STALL / 2)
+    assert pace.slice(hurried=True) == 200
+    pace.learn(7, STALL)  # a remainder says nothing
+    assert pace.slice(hurried=True) == 200
+    pace.learn(100, STALL / 100)
+    assert pace.slice(hurried=True) == 512
+    pace.learn(100, 100 * STALL)
+    assert pace.slice(hurried=True) == 32
+
+
+def test_small_limits_are_kept() -> None:
+    assert Paces(lambda: True, 8).next_tokens() == 8
+    assert Paces(lambda: True, 512).next_tokens() == LEAST_TOKENS
+    assert Paces(lambda: True, 512).next_blocks(10**6) == 1
+
+
+class Slow(FakeModel):
+    """A millisecond for each token of a prompt and each patch of a stage; notes how much was asked at once."""
+
+    def __init__(self) -> None:
+        super().__init__(context=4096)
+        self.slices: list[int] = []
+        self.encoding = 0.0
+
+    def __call__(
+        self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False
+    ) -> mx.array:
+        self.slices.append(len(embedded))
+        time.sleep(len(embedded) / 1000)
+        return super().__call__(embedded, cache, last_only=last_only)
+
+    def encode_stages(self, media: Media) -> Stages[Features]:
+        for _ in range(20):
+            time.sleep(media.grid[2] / 1000)
+            yield mx.zeros((1,))
+        return self.encode([media])[0]
+
+
+def longest_pause(engine: Engine, running: Request, other: Request) -> float:
+    """Of the running answer, until the other one has begun."""
+    longest, events = 0.0, iter(running)
+    while engine.running < 2 or engine.waiting:
+        next(events)
+    while engine._loop._prefill is not None:
+        begin = time.perf_counter()
+        next(events)
+        longest = max(longest, time.perf_counter() - begin)
+    running.cancel()
+    other.result()
+    return longest
+
+
+@pytest.mark.parametrize("question", ["x" * 1500, ask("x", picture(1, 100))], ids=["text", "picture"])
+def test_running_answers_wait_a_moment_only(question: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenvl_mlx.engine.pace.LEAST_PATCHES", 10)
+    model = Slow()
+    with Engine(model, FakeProcessor(), EngineOptions(prefill_chunk=1024, cache_bytes=0)) as engine:
+        running = engine.submit("y" * 60, GenerationOptions(max_tokens=4000, ignore_eos=True, logprobs=0))
+        other = engine.submit(question, GenerationOptions(max_tokens=1))  # type: ignore[arg-type]
+        assert longest_pause(engine, running, other) < 3 * STALL  # at once it would be 1.5 and 2 seconds
+        engine.generate("z" * 1500, GenerationOptions(max_tokens=1))
+    assert max(model.slices) == 1024  # alone, nobody waits
