@@ -18,8 +18,9 @@ import numpy as np
 
 from benchmarks.cases import CASES, Case
 from benchmarks.device import describe
+from benchmarks.programs import BLIND
 
-NEEDS = {"qwenvl-mlx": "mlx", "torch": "transformers", "mlx-vlm": "mlx_vlm"}
+NEEDS = {"qwenvl-mlx": "mlx", "torch": "transformers", "mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}
 PARTS = ("vision", "prefill", "first token", "decode")
 
 
@@ -31,6 +32,7 @@ class Result:
     case: str
     samples: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     peak: int = 0
+    vision_bytes: int = 0
     difference: float = 0.0
 
     def median(self, part: str) -> float:
@@ -109,15 +111,16 @@ def compare(
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as scratch, _workers(programs, folder, dtype, peer_python) as workers:
         for case in cases:
-            rows = [Result(worker.name, case.name) for worker in workers]
+            able = [worker for worker in workers if case.picture is None or worker.name not in BLIND]
+            rows = [Result(worker.name, case.name) for worker in able]
             for turn in range(rounds + 1):
-                for worker, row in zip(workers, rows, strict=True):
+                for worker, row in zip(able, rows, strict=True):
                     answer = worker.run(case, Path(scratch) / f"{worker.name}.npy")
-                    row.peak = int(answer["peak"])
+                    row.peak, row.vision_bytes = int(answer["peak"]), int(answer.get("vision bytes", 0))
                     if turn:  # the first round warms up
                         for part in PARTS:
                             row.samples[part].append(answer[part])
-            first = np.load(Path(scratch) / f"{workers[0].name}.npy")
+            first = np.load(Path(scratch) / f"{able[0].name}.npy")
             for row in rows:
                 row.difference = float(np.abs(np.load(Path(scratch) / f"{row.program}.npy") - first).max())
             results += rows
@@ -134,15 +137,17 @@ def compare(
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown: medians, and ours as a ratio to each other program (below 1: ours is faster)."""
     lines = [
-        "| case | program | vision s | prefill s | first token s | decode tokens/s | peak GB | logits differ by |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | program | vision s | prefill s | first token s | decode tokens/s "
+        "| vision GB | peak GB | logits differ by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [Result(**row) for row in report["results"]]
     for row in rows:
         ours = next(other for other in rows if other.case == row.case and other.program == "qwenvl-mlx")
         cells = [f"{row.median(part):.3f}{_ratio(ours, row, part)}" for part in PARTS[:3]]
         speed = f"{1 / row.median('decode'):.1f}{_ratio(ours, row, 'decode')}"
-        numbers = f"{row.peak / 1e9:.2f} | {row.difference:.1e}"
+        vision = f"{row.vision_bytes / 1e9:.2f}" if row.vision_bytes else "–"
+        numbers = f"{vision} | {row.peak / 1e9:.2f} | {row.difference:.1e}"
         lines.append(f"| {row.case} | {row.program} | {' | '.join(cells)} | {speed} | {numbers} |")
     return "\n".join(lines)
 

@@ -102,6 +102,7 @@ def metal_view() -> Iterator[None]:
         (mx.fast, "layer_norm", layer_norm),
         (mx.fast, "rope", rope),
         (mx.fast, "scaled_dot_product_attention", attention),
+        (mx, "default_device", lambda: mx.Device(mx.gpu)),
         (mx, "dequantize", dequantize),
         (mx, "contiguous", contiguous),
         (leaf("models.gated_delta"), "gated_delta_ops", delta_rule),

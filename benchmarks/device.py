@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -54,3 +56,18 @@ def matmul_rate(dtype: mx.Dtype = mx.float32, size: int = 2048) -> float:
     a, b = mx.random.normal((size, size)).astype(dtype), mx.random.normal((size, size)).astype(dtype)
     mx.eval(a, b)
     return float(2 * size**3 / _best(lambda: mx.eval(a @ b)))
+
+
+def reset_peak() -> None:
+    """Let ``peak_bytes`` begin anew; only Linux can."""
+    if sys.platform == "linux":
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held, since ``reset_peak`` where that works."""
+    if sys.platform == "linux":
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

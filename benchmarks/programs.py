@@ -6,11 +6,11 @@ line on stdin and answers one line of JSON, so that several can be alive at once
 
 from __future__ import annotations
 
+import contextlib
 import json
-import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cases import Case, Inputs, inputs
+from benchmarks.device import peak_bytes, reset_peak
 
 Timings = dict[str, float]
 
@@ -28,7 +29,10 @@ class Program(Protocol):
     device: str
 
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
-        """Seconds of ``vision``, ``prefill`` (after vision), ``decode`` (a token); logits of the prompt's end."""
+        """Seconds of ``vision``, ``prefill`` (after vision), ``decode`` (a token); logits of the prompt's end.
+
+        Where MLX counts them, ``vision bytes`` too: the most that the tower held beside weights and pixels.
+        """
 
 
 class Ours:
@@ -49,8 +53,9 @@ class Ours:
         mx, model = self.mx, self.model
         media = [] if given.rows is None or given.grid is None else [Media("image", given.rows, given.grid)]
         start = time.perf_counter()
-        features = model.encode(media)
-        mx.eval([item.embeddings for item in features])
+        with _counted(mx) as held:
+            features = model.encode(media)
+            mx.eval([(item.embeddings, item.deepstack) for item in features])
         seen = time.perf_counter()
         embedded = model.embed(given.ids.tolist(), features, media)
         cache = model.make_cache()
@@ -65,7 +70,7 @@ class Ours:
             token = following
         mx.eval(token)
         end = time.perf_counter()
-        return _timings(start, seen, first, end, case), np.array(logits)
+        return _timings(start, seen, first, end, case) | held, np.array(logits)
 
 
 class Torch:
@@ -86,23 +91,32 @@ class Torch:
         with torch.no_grad():
             ids = torch.from_numpy(given.ids)[None].to(self.device)
             extra: dict[str, Any] = {}
+            features = None
             start = time.perf_counter()
             if given.rows is not None and given.grid is not None:
                 rows = torch.from_numpy(given.rows).to(self.device, self.model.dtype)
                 grid = torch.tensor([given.grid], device=self.device)
-                self.model.model.visual(rows, grid_thw=grid)
+                features = self.model.model.visual(rows, grid_thw=grid)
                 self._wait()
                 extra = {"pixel_values": rows, "image_grid_thw": grid}
                 extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
             seen = time.perf_counter()
-            out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
+            with self._knowing(features):
+                out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
             self._wait()
-            first = time.perf_counter() - (seen - start)  # the forward pass ran the vision tower once more
+            first = time.perf_counter()
             logits = out.logits[0, -1].float().cpu().numpy()
-            begun = time.perf_counter()
             self._decode(out, case.new_tokens)
-            end = first + time.perf_counter() - begun
-        return _timings(start, seen, max(first, seen), end, case), logits
+            end = time.perf_counter()
+        return _timings(start, seen, first, end, case), logits
+
+    @contextlib.contextmanager
+    def _knowing(self, features: Any) -> Iterator[None]:
+        """While this lasts, the vision tower knows the answer: the forward pass need not run it once more."""
+        tower = self.model.model.visual
+        forward, tower.forward = tower.forward, lambda *_, **__: features
+        yield
+        tower.forward = forward
 
     def _decode(self, out: Any, steps: int) -> None:
         cache = out.past_key_values
@@ -143,33 +157,95 @@ class MlxVlm:
         mx, model = self.mx, self.model
         ids = mx.array(given.ids)[None]
         extra: dict[str, Any] = {}
-        rows = None
+        rows = features = None
         start = time.perf_counter()
-        if given.rows is not None and given.grid is not None:
-            rows, grid = mx.array(given.rows), mx.array([given.grid])
-            mx.eval(model.vision_tower(rows, grid))
-            extra = {"image_grid_thw": grid}
+        with _counted(mx) as held:
+            if given.rows is not None and given.grid is not None:
+                rows, grid = mx.array(given.rows), mx.array([given.grid])
+                features = model.vision_tower(rows, grid)
+                mx.eval(features)
+                extra = {"image_grid_thw": grid}
         seen = time.perf_counter()
         cache = make_prompt_cache(model.language_model)
+        tower, model.vision_tower = model.vision_tower, _Known(model.vision_tower, features)
         embedded = model.get_input_embeddings(ids, rows, **extra)
+        model.vision_tower = tower
         fields = {k: v for k, v in embedded.to_dict().items() if v is not None and k != "inputs_embeds"}
         out = model.language_model(ids, inputs_embeds=embedded.inputs_embeds, cache=cache, **fields, **extra)
         logits = out.logits[0, -1].astype(mx.float32)
         token = mx.argmax(logits)
         mx.eval(token, logits)
-        first = time.perf_counter() - (seen - start)
-        begun = time.perf_counter()
+        first = time.perf_counter()
         for _ in range(case.new_tokens):
             following = mx.argmax(model.language_model(token.reshape(1, 1), cache=cache).logits[0, -1])
             mx.async_eval(following)
             token.item()
             token = following
         mx.eval(token)
-        end = first + time.perf_counter() - begun
-        return _timings(start, seen, max(first, seen), end, case), np.array(logits)
+        end = time.perf_counter()
+        return _timings(start, seen, first, end, case) | held, np.array(logits)
 
 
-PROGRAMS: dict[str, Callable[[str, str], Program]] = {"qwenvl-mlx": Ours, "torch": Torch, "mlx-vlm": MlxVlm}
+class _Known:
+    """Stands in for a vision tower whose answer is known."""
+
+    def __init__(self, tower: Any, features: Any) -> None:
+        self.patch_embed, self.features = tower.patch_embed, features
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.features
+
+
+class MlxLm:
+    """mlx-lm, which runs the decoders alone."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        self.mx = mx
+        self.model: Any = load_model(Path(folder))[0]
+        self.model.set_dtype(getattr(mx, dtype))
+        mx.eval(self.model.parameters())
+        self.device = str(mx.default_device())
+
+    def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        mx, model = self.mx, self.model
+        start = time.perf_counter()
+        cache = make_prompt_cache(model)
+        logits = model(mx.array(given.ids)[None], cache=cache)[0, -1].astype(mx.float32)
+        token = mx.argmax(logits)
+        mx.eval(token, logits)
+        first = time.perf_counter()
+        for _ in range(case.new_tokens):
+            following = mx.argmax(model(token.reshape(1, 1), cache=cache)[0, -1])
+            mx.async_eval(following)
+            token.item()
+            token = following
+        mx.eval(token)
+        return _timings(start, start, first, time.perf_counter(), case), np.array(logits)
+
+
+PROGRAMS: dict[str, Callable[[str, str], Program]] = {
+    "qwenvl-mlx": Ours,
+    "torch": Torch,
+    "mlx-vlm": MlxVlm,
+    "mlx-lm": MlxLm,
+}
+BLIND = ("mlx-lm",)  # programs without a vision tower
+
+
+@contextlib.contextmanager
+def _counted(mx: Any) -> Iterator[Timings]:
+    """Fills in the bytes that MLX held at most, beyond those that it held before."""
+    held: Timings = {}
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    yield held
+    held["vision bytes"] = max(mx.get_peak_memory() - before, 0)
 
 
 def _timings(start: float, seen: float, first: float, end: float, case: Case) -> Timings:
@@ -181,16 +257,11 @@ def _timings(start: float, seen: float, first: float, end: float, case: Case) ->
     }
 
 
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def serve(name: str, folder: str, dtype: str) -> None:
     """Load, say so, then answer one case a line until stdin ends."""
     start = time.perf_counter()
     program = PROGRAMS[name](folder, dtype)
-    loaded = {"load": time.perf_counter() - start, "device": program.device, "peak": _peak_bytes()}
+    loaded = {"load": time.perf_counter() - start, "device": program.device, "peak": peak_bytes()}
     print(json.dumps(loaded), flush=True)
     config = json.loads((Path(folder) / "config.json").read_text())
     for line in sys.stdin:
@@ -198,9 +269,10 @@ def serve(name: str, folder: str, dtype: str) -> None:
         case = Case(
             **{**order["case"], "picture": order["case"]["picture"] and tuple(order["case"]["picture"])}
         )
+        reset_peak()
         timings, logits = program.run(case, inputs(case, config))
         np.save(order["logits"], logits)
-        print(json.dumps({**timings, "peak": _peak_bytes()}), flush=True)
+        print(json.dumps({**timings, "peak": peak_bytes()}), flush=True)
 
 
 if __name__ == "__main__":

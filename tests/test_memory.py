@@ -109,7 +109,9 @@ def test_weights_and_activations_of_true_shapes() -> None:
     small, large = (_picture(side) for side in (32, 128))
     needs = [plan.needs(prompt, 0) for prompt in (small, large)]
     assert needs[0] < 5e8
-    assert needs[1] > 16 * needs[0]
+    assert needs[1] == pytest.approx(
+        16 * needs[0], rel=0.01
+    )  # scores of attention never stand in memory whole
     assert plan.share(large, 0) == 1
     tight = MemoryPlan(model_class(config)(config), None, plan.weights + needs[1] // 2)
     assert 0.3 < tight.share(large, 0) < 0.8

@@ -66,6 +66,7 @@ def traced(name: str, which: str) -> Traced:
     records: Trace = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
         patch.setattr(mx, "contiguous", lambda x, **_: x)  # only a layout, and not exportable
         mx.disable_compile()  # a fused kernel can't be exported: its parts are
         try:
@@ -156,6 +157,7 @@ def test_forward_passes_run_on_the_gpu_without_waiting(name: str, which: str) ->
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_takes_the_fused_kernels(name: str, which: str) -> None:
+    assert traced(name, which).attention
     for queries, key, value in traced(name, which).attention:
         assert key == value
         assert key in (FUSED_FULL | MLX_FALLS_BACK if queries > 8 else FUSED_VECTOR), (queries, key)

@@ -18,9 +18,9 @@ from qwenvl_mlx.models.base import VisionLanguageModel
 CPU_SHARE = 0.75  # of the RAM; a GPU names its own recommended working set
 CACHE_SHARE = 0.25  # of what is free after the model is loaded
 EXPECTED_ANSWER = 2048  # tokens that are planned for where a request names no limit, or a higher one
-# Measured peaks of Qwen2-VL's and Qwen2.5-VL's towers: 2.9 to 4.1 times what the linear layers of one block give out,
-# and twice the attention scores where no fused kernel keeps them from memory.
-LIVE_BLOCKS, LIVE_SCORES = 5, 2
+LIVE_BLOCKS = (
+    5  # measured peaks of vision towers: 2.9 to 4.1 times what the linear layers of one block give out
+)
 SMALLEST_SHARE = 0.01
 
 
@@ -56,7 +56,7 @@ class MemoryPlan:
         self.weights = sum(array.nbytes for array in arrays.values())
         self._model = model
         self._kv = kv_cost(model, kv_bits)
-        self._width, self._heads, self._itemsize = _vision_shape(getattr(model, "vision_tower", None))
+        self._width, self._itemsize = _vision_shape(getattr(model, "vision_tower", None))
 
     @property
     def free(self) -> int:
@@ -88,12 +88,7 @@ class MemoryPlan:
         return share
 
     def _vision(self, media: Media, share: float) -> int:
-        frames, rows, columns = media.grid
-        patches = frames * rows * columns * share
-        scores = 0.0
-        if not on_gpu():
-            scores = LIVE_SCORES * self._heads * frames * (rows * columns * share) ** 2 * 4
-        return int(LIVE_BLOCKS * self._width * patches * self._itemsize + scores)
+        return int(LIVE_BLOCKS * self._width * math.prod(media.grid) * share * self._itemsize)
 
 
 def picture_size(media: Media) -> tuple[int, int]:
@@ -108,18 +103,20 @@ def picture_size(media: Media) -> tuple[int, int]:
     return media.grid[2] * side, media.grid[1] * side
 
 
-def _vision_shape(tower: Any) -> tuple[int, int, int]:
-    """Numbers that one block's linear layers give out for a patch, heads, and bytes of a number."""
+def _vision_shape(tower: Any) -> tuple[int, int]:
+    """Numbers that one block's linear layers give out for a patch, and bytes of a number."""
     if not isinstance(tower, nn.Module):
-        return 0, 0, 0
+        return 0, 0
     blocks = {name: module for name, module in tower.named_modules() if name.endswith("blocks.0")}
     if not blocks:
-        return 0, 0, 0
-    parts = next(iter(blocks.values())).modules()
-    weights = [part.weight for part in parts if "weight" in part and part.weight.ndim == 2]
-    heads = next((part.heads for part in parts if hasattr(part, "heads")), 16)
+        return 0, 0
+    weights = [
+        part.weight
+        for part in next(iter(blocks.values())).modules()
+        if "weight" in part and part.weight.ndim == 2
+    ]
     itemsize = 4 if any(weight.dtype == mx.float32 for weight in weights) else 2
-    return sum(weight.shape[0] for weight in weights), heads, itemsize
+    return sum(weight.shape[0] for weight in weights), itemsize
 
 
 def _gb(count: int) -> str:

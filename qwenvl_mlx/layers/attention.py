@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.fused import attend_cached
 from qwenvl_mlx.layers.linear import join, join_children, joinable, map_rows, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.norm import RMSNorm
@@ -107,8 +108,8 @@ class Attention(nn.Module):
         v = v.transpose(0, 2, 1, 3)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        out = mlx_lm.scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=shared.mask)
-        return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)  # type: ignore[no-any-return]
+        out = attend_cached(q, k, v, cache, scale=self.scale, mask=shared.mask)
+        return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
     def _turn(self, qk: mx.array, angles: Angles) -> mx.array:
         """The norm's weights and the rotation, of queries and keys together: ``[B, L, heads + kv_heads, size]``."""

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qwenvl_mlx.layers.exponential import exp_pays, sigmoid
 from qwenvl_mlx.layers.linear import join_children, joinable, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.shard import Group, split_inputs, split_inputs_unsummed, split_outputs
@@ -22,10 +23,14 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
+def gated(gate: mx.array, up: mx.array) -> mx.array:
+    """``silu(gate) * up``."""
+    return gate * sigmoid(gate) * up if exp_pays(gate) else _gated(gate, up)
+
+
 def swiglu(gate_up: mx.array) -> mx.array:
-    """``silu(gate) * up`` of the two halves of the last axis."""
-    gate, up = mx.split(gate_up, 2, axis=-1)
-    return _gated(gate, up)
+    """``gated`` of the two halves of the last axis."""
+    return gated(*mx.split(gate_up, 2, axis=-1))
 
 
 class MLP(nn.Module):

@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.errors import MediaError
+from qwenvl_mlx.layers.exponential import exp_pays, sigmoid
+from qwenvl_mlx.layers.fused import attend
 from qwenvl_mlx.layers.grid import Segments
 from qwenvl_mlx.layers.rotary import Angles
 from qwenvl_mlx.layers.stages import Stages, finish
@@ -18,17 +20,31 @@ from qwenvl_mlx.media import Features, Media
 Activation = Callable[[mx.array], mx.array]
 
 
+def gelu_tanh(x: mx.array) -> mx.array:
+    """``nn.gelu_approx`` in one kernel: (1 + tanh(u)) / 2 is sigmoid(2u), a chain short enough to be fused whole."""
+    return x * sigmoid(_slope(x)) if exp_pays(x) else _gelu_tanh(x)
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """``x * sigmoid(1.702 x)``."""
+    return x * sigmoid(1.702 * x) if exp_pays(x) else nn.gelu_fast_approx(x)
+
+
+@partial(mx.compile, shapeless=True)
+def _slope(x: mx.array) -> mx.array:
+    slope = math.sqrt(8 / math.pi)
+    return x * (slope + slope * 0.044715 * x * x)
+
+
 @partial(mx.compile, shapeless=True)
 def _gelu_tanh(x: mx.array) -> mx.array:
-    """``nn.gelu_approx`` in one kernel: (1 + tanh(u)) / 2 is sigmoid(2u), a chain short enough to be fused whole."""
     wide = x.astype(mx.float32)
-    slope = math.sqrt(8 / math.pi)
-    return (wide * mx.sigmoid(wide * (slope + slope * 0.044715 * wide * wide))).astype(x.dtype)
+    return (wide * mx.sigmoid(_slope(wide))).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "quick_gelu": nn.gelu_fast_approx,
-    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
     "gelu": nn.gelu,
     "silu": nn.silu,
 }
@@ -92,7 +108,7 @@ class VisionAttention(nn.Module):
         qk = mx.unflatten(angles.turn(qk), 0, rows).transpose(0, 2, 1, 3)
         q, k = mx.split(qk, 2, axis=1)
         v = mx.unflatten(v, 0, rows).transpose(0, 2, 1, 3)  # [segments, heads, length, size]
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=segments.valid)
+        out = attend(q, k, v, scale=self.scale, mask=segments.valid)
         out = out.transpose(0, 2, 1, 3).reshape(-1, x.shape[-1])
         return self.proj(out if segments.back is None else out[segments.back])
 

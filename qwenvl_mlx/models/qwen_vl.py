@@ -17,7 +17,9 @@ from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
+from qwenvl_mlx.layers.fused import attend_cached
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
+from qwenvl_mlx.layers.mlp import gated
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.shard import Group, part_of, split_inputs, split_outputs
 from qwenvl_mlx.layers.stages import Stages
@@ -33,7 +35,6 @@ RENAMES = (("transformer.", "language_model.model."), ("lm_head.", "language_mod
 HUB_VISION = "transformer.visual."
 
 attention = leaf("models.base")
-activations = leaf("models.activations")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Attention(nn.Module):
             query = query * positions.query_factor
         else:
             scale *= positions.query_factor
-        x = attention.scaled_dot_product_attention(query, key, value, layer, scale=scale, mask=mask)
+        x = attend_cached(query, key, value, layer, scale=scale, mask=mask)
         x = x.transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return add_linear(residual, self.c_proj, x)
 
@@ -140,7 +141,7 @@ class MLP(nn.Module):
             gate, up = mx.split(self.gate_up(x), 2, axis=-1)
         else:
             gate, up = self.w2(x), self.w1(x)
-        return add_linear(residual, self.c_proj, activations.swiglu(gate, up))
+        return add_linear(residual, self.c_proj, gated(gate, up))
 
 
 class Block(nn.Module):

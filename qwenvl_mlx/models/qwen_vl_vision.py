@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from qwenvl_mlx.config import from_dict
 from qwenvl_mlx.errors import ConfigError
+from qwenvl_mlx.layers.fused import attend
 from qwenvl_mlx.layers.linear import pad_heads
 from qwenvl_mlx.layers.positions import resample_table
 from qwenvl_mlx.layers.stages import Stages, finish
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         patches, width = x.shape
         projected = self.in_proj(x).reshape(1, patches, self._heads, 3, -1).transpose(3, 0, 2, 1, 4)
         query, key, value = projected  # each [1, heads, patches, padded size]
-        x = mx.fast.scaled_dot_product_attention(query, key, value, scale=self._size**-0.5)
+        x = attend(query, key, value, scale=self._size**-0.5)
         x = x[..., : self._size].transpose(0, 2, 1, 3).reshape(patches, width)
         return self.out_proj(x)
 
@@ -153,7 +154,7 @@ class PoolAttention(nn.Module):
             x.reshape(1, len(x), self._heads, -1).transpose(0, 2, 1, 3)
             for x in (query, self.k_proj(key), self.v_proj(value))
         ]
-        x = mx.fast.scaled_dot_product_attention(*heads, scale=heads[0].shape[-1] ** -0.5)
+        x = attend(*heads, scale=heads[0].shape[-1] ** -0.5)
         return self.out_proj(x.transpose(0, 2, 1, 3).reshape(query.shape))
 
 

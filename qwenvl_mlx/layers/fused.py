@@ -1,0 +1,99 @@
+"""Attention: MLX's fused kernel on a GPU; on a CPU, where MLX has none, piece by piece.
+
+A piece's scores stay in the processor's cache, and those of a large picture never fill the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from qwenvl_mlx.layers.exponential import exp, exp_pays
+from qwenvl_mlx.layers.mlx_lm import leaf
+
+mlx_lm = leaf("models.base")
+
+PIECE = 1 << 18  # scores of one piece: 1 MB
+NEVER = -1e9  # a score that gives no weight
+
+Mask = mx.array | str | None
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask = None) -> mx.array:
+    """``q`` ``[B, heads, L, size]``, ``k``, ``v`` ``[B, kv heads, S, size]`` -> ``[B, heads, L, size]``.
+
+    ``mask``: None, "causal" (the last query sees all keys), or bool that broadcasts to ``[B, heads, L, S]``.
+    """
+    if mx.default_device() == mx.gpu or q.shape[2] == 1:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    batch, heads, length, size = q.shape
+    groups, dtype = k.shape[1], q.dtype
+    q, k, v = (x.astype(mx.float32) for x in (q, k, v))  # products of half types are slow here
+    k, v = mx.contiguous(k), mx.contiguous(v)  # else every piece would copy its part of them
+    q = (q * scale).reshape(batch, groups, heads // groups, length, size)
+    out = _Pieces().attend(q, k, v, _per_group(mask, groups))
+    return out.reshape(batch, heads, length, -1).astype(dtype)
+
+
+def attend_cached(
+    q: mx.array, k: mx.array, v: mx.array, cache: Any | None, *, scale: float, mask: Mask
+) -> mx.array:
+    """``attend`` to what ``cache`` gave back, which may be quantised."""
+    if hasattr(cache, "bits"):
+        return mlx_lm.scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)  # type: ignore[no-any-return]
+    return attend(q, k, v, scale=scale, mask=mask)
+
+
+def _per_group(mask: Mask, groups: int) -> Mask:
+    """``[B, heads, L, S]`` -> ``[B, kv heads, heads a kv head, L, S]``."""
+    if not isinstance(mask, mx.array):
+        return mask
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    return mask[:, :, None] if mask.shape[1] == 1 else mx.unflatten(mask, 1, (groups, -1))
+
+
+class _Pieces:
+    """Computes pieces one after the other: each waits for the one before, so that few are alive at once."""
+
+    def __init__(self) -> None:
+        self._last: mx.array | None = None
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+        """``q`` ``[B, kv heads, heads a kv head, L, size]`` -> the same."""
+        scores = q.size // q.shape[-1] * k.shape[2]
+        axis = next((axis for axis in range(4) if q.shape[axis] > 1), 3)
+        count = q.shape[axis]
+        step = max(count * PIECE // scores, 1)
+        if step >= count:
+            return self._whole(q, k, v, mask)
+        parts = []
+        for at in range(0, count, step):
+            end = min(at + step, count)
+            piece = q[(slice(None),) * axis + (slice(at, end),)]
+            keys, values = (x[(slice(None),) * axis + (slice(at, end),)] if axis < 2 else x for x in (k, v))
+            part = mask
+            if isinstance(mask, mx.array):
+                part = mask[(slice(None),) * axis + (slice(at, end),)] if mask.shape[axis] > 1 else mask
+            elif mask is not None and axis == 3:  # causal: what none of these queries sees is left out
+                seen = k.shape[2] - count + end
+                keys, values = k[:, :, :seen], v[:, :, :seen]
+            parts.append(self.attend(piece, keys, values, part))
+        return mx.concatenate(parts, axis=axis)
+
+    def _whole(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+        if self._last is not None:
+            q = mx.depends([q], [self._last])[0]
+        batch, groups, each, length, size = q.shape
+        keys = k.shape[2]
+        scores = q.reshape(batch, groups, each * length, size) @ k.swapaxes(-1, -2)
+        if mask is not None:
+            if isinstance(mask, str):
+                mask = mx.arange(keys - length, keys)[:, None] >= mx.arange(keys)
+            scores = scores.reshape(batch, groups, each, length, keys)
+            scores = mx.where(mask, scores, NEVER).reshape(batch, groups, each * length, keys)
+        weights = scores - mx.max(scores, axis=-1, keepdims=True)
+        weights = exp(weights) if exp_pays(weights) else mx.exp(weights)
+        out = (weights @ v) / mx.sum(weights, axis=-1, keepdims=True)
+        self._last = out.reshape(batch, groups, each, length, -1)
+        return self._last
