@@ -29,8 +29,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.symlink_to((ROOT / name).readlink())
         else:
             target.write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out), str(source)]
-    subprocess.run(command, check=True, timeout=300)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(out), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert "is absent from the `packages`" not in built.stdout + built.stderr
     return next(out.glob("*.whl"))
 
 
@@ -41,6 +42,9 @@ def test_the_wheel_holds_every_package(wheel: Path) -> None:
         "convert/__main__.py",
         "server/__main__.py",
         "server/page.html",
+        "demo/model.safetensors",
+        "demo/samples/shapes-1.png",
+        "demo/samples/answers.json",
         "py.typed",
     ):
         assert f"qwenvl_mlx/{wanted}" in names
@@ -82,3 +86,13 @@ def test_commands_run_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> N
         text=True,
     )
     assert str(site) in where.stdout
+    picture = site / "qwenvl_mlx" / "demo" / "samples" / "number-1.png"
+    options = ["--model", "demo", "--image", str(picture), "--prompt", "Read the number.", "--device", "cpu"]
+    done = subprocess.run(
+        [python, "-m", "qwenvl_mlx.generate", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == "The number is 78.", done.stderr

@@ -1,68 +1,63 @@
-"""Questions and answers about scenes, in English and Chinese; the phrases are in questions.json."""
+"""Questions and answers about scenes, in English and Chinese; phrases and shares are in questions.json."""
 
 import json
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from scenes import COLOURS, SHAPES, Scene, Thing
+from scenes import COLOURS, SHAPES, Grid, Scene, Thing, number_scene, random_grid, shape_scene
 
 PHRASES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-CHINESE, CHOICE, SAY = PHRASES["chinese"], PHRASES["choice"], PHRASES["say"]
-LANGS = ("en", "zh")
+ASK, SAY, CHOICE, CHINESE, SHARES = (PHRASES[k] for k in ("ask", "say", "choice", "chinese", "shares"))
 BIN = 25  # coordinates are multiples of this
+TELLS = {"where": "name", "colour": "shape", "shape": "colour"}  # by what such a question names its thing
 
 
 class Turn(NamedTuple):
-    """One question with its answer."""
+    """One question with its answer, and the thing that both are about."""
 
     kind: str
     question: str
     answer: str
+    thing: Thing | None = None
 
 
-Dialogue = tuple[Turn, ...]  # about the same picture or pictures
+Dialogue = list[Turn]  # about the same picture or pictures
+Batch = tuple[
+    list[Grid], list[list[Scene]], list[list[Dialogue]]
+]  # sizes; pictures and dialogues of each row
 
 
-def ask(rng: Random, kind: str, lang: str, **words: str) -> str:
+def ask(rng: Random, phrase: str, lang: str, **gaps: str) -> str:
     """A paraphrase of the question, now and then without its last mark or capital."""
-    text = rng.choice(PHRASES["ask"][kind][lang]).format(**words)
-    if rng.random() < 0.15:
-        text = text.rstrip("?.。？")
+    text = rng.choice(ASK[phrase][lang]).format(**gaps)
+    text = text.rstrip("?.。？") if rng.random() < 0.15 else text
     return text[0].lower() + text[1:] if rng.random() < 0.1 else text
 
 
-def word(name: str, lang: str) -> str:
-    """A thing, colour or shape in that language: "red circle" or "红色圆形"."""
-    return name if lang == "en" else "".join(CHINESE[part] for part in name.split())
+def words(thing: Thing | None, lang: str) -> dict[str, str]:
+    """What fills the gaps of phrases: "red circle" or "红色圆形", and its parts."""
+    parts = {"thing": thing.name, "colour": thing.colour, "shape": thing.shape} if thing else {}
+    return {k: v if lang == "en" else "".join(CHINESE[part] for part in v.split()) for k, v in parts.items()}
 
 
 def tell(kind: str, scene: Scene, lang: str, thing: Thing | None = None) -> str:
-    """The answer to a question of that kind, about one thing of the scene or all of it."""
-    if kind == "where" and thing:
-        return box_answer(thing, scene.picture.size, lang)
+    """The answer to a question of that kind; a box in the family's grounding form, coordinates of 0 to 1000."""
+    gaps = words(thing, lang) | {"number": scene.number}
+    if kind == "where":
+        sides = [round(v / scene.picture.size[n % 2] * 1000 / BIN) * BIN for n, v in enumerate(thing.box)]
+        return json.dumps([{"bbox_2d": sides, "label": gaps["thing"]}], ensure_ascii=False)
     if kind == "count":
         return CHOICE[kind][lang][0 if scene.number else len(scene.things)]
     if kind == "describe" and not scene.number:
-        return describe([word(thing.name, lang) for thing in scene.things], lang)
-    words = {"colour": word(thing.colour, lang), "shape": word(thing.shape, lang)} if thing else {}
-    if kind in ("describe", "number"):
-        kind = "describe_number" if kind == "describe" else kind if scene.number else "no_number"
-    return SAY[kind][lang].format(number=scene.number, **words)
-
-
-def box_answer(thing: Thing, size: tuple[int, int], lang: str) -> str:
-    """The grounding form of the family: JSON with coordinates of 0 to 1000."""
-    numbers = (round(v / size[n % 2] * 1000 / BIN) * BIN for n, v in enumerate(thing.box))
-    return f'[{{"bbox_2d": [{", ".join(map(str, numbers))}], "label": "{word(thing.name, lang)}"}}]'
-
-
-def describe(names: list[str], lang: str) -> str:
-    """All things from left to right as one sentence."""
-    comma, last, end = (", ", " and ", ".") if lang == "en" else ("、", "和", "。")
-    names = [f"a {name}" for name in names] if lang == "en" else names
-    text = last.join(filter(None, (comma.join(names[:-1]), names[-1])))
-    return text[0].upper() + text[1:] + end
+        comma, last, end, article = (", ", " and ", ".", "a ") if lang == "en" else ("、", "和", "。", "")
+        names = [article + words(thing, lang)["thing"] for thing in scene.things]
+        text = last.join(filter(None, (comma.join(names[:-1]), names[-1]))) + end
+        return text[0].upper() + text[1:]
+    kind = {"describe": "describe_number", "number": "number" if scene.number else "no_number"}.get(
+        kind, kind
+    )
+    return SAY[kind][lang].format(**gaps)
 
 
 def alone(scene: Scene, attribute: str) -> list[Thing]:
@@ -71,12 +66,92 @@ def alone(scene: Scene, attribute: str) -> list[Thing]:
     return [t for t in scene.things if values.count(getattr(t, attribute)) == 1]
 
 
-def absent(rng: Random, scene: Scene) -> str:
+def absent(rng: Random, scene: Scene) -> Thing:
     """A thing that is not there; half the time it shares colour or shape with one that is."""
     near = rng.choice(scene.things)
     while True:
-        c, s = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        if rng.random() < 0.5 and near.shape in SHAPES:
-            c, s = (near.colour, s) if rng.random() < 0.5 else (c, near.shape)
-        if all(thing.name != f"{c} {s}" for thing in scene.things):
-            return f"{c} {s}"
+        thing = Thing(rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), near.box)
+        if rng.random() < 0.5 and not scene.number:
+            thing = rng.choice([thing._replace(colour=near.colour), thing._replace(shape=near.shape)])
+        if thing.name not in [other.name for other in scene.things]:
+            return thing
+
+
+def turn(
+    rng: Random, scene: Scene, lang: str, kind: str = "", thing: Thing | None = None, phrase: str = ""
+) -> Turn:
+    """A question of that or any kind, about `thing` or any, in its usual or another phrase."""
+    shares = SHARES["number" if scene.number else "shapes"]
+    kinds = [kind] if kind else [k for k in shares if scene.number or alone(scene, TELLS.get(k, "name"))]
+    kind = kind or rng.choices(kinds, [shares[k] for k in kinds])[0]
+    if kind == "is_there":
+        yes = not scene.number and rng.random() < 0.5
+        thing = rng.choice(scene.things) if yes else absent(rng, scene)
+        asked, answer = ask(rng, kind, lang, **words(thing, lang)), CHOICE[kind][lang][yes]
+        return Turn(kind, asked, answer, thing if yes else None)
+    if kind in TELLS:
+        thing = thing or rng.choice(alone(scene, TELLS[kind]))
+    asked = ask(rng, phrase or kind, lang, **words(thing, lang))
+    return Turn(kind, asked, tell(kind, scene, lang, thing), thing)
+
+
+def follow_up(rng: Random, scene: Scene, lang: str) -> Dialogue:
+    """Two turns; in most the second one needs the first."""
+    first, about = turn(rng, scene, lang), ()
+    others = [thing for thing in alone(scene, "shape") if thing != first.thing]
+    if scene.number:
+        about = ("colour", scene.things[0], "it_colour") if first.kind == "number" else ()
+    elif first.kind == "count":
+        about = ("describe", None, "what")
+    elif first.kind == "colour" and others and rng.random() < 0.5:
+        about = ("colour", rng.choice(others), "and")
+    elif first.thing and first.kind != "where":
+        about = ("where", first.thing, "it_where")
+    return [first, turn(rng, scene, lang, *(about if rng.random() < 0.7 else ()))]
+
+
+def compare(rng: Random, scenes: list[Scene], lang: str) -> Turn:
+    """One question about two pictures of shapes."""
+    kind = rng.choices(*zip(*SHARES["pair"].items(), strict=True))[0]
+    side, totals = rng.randrange(2), [len(scene.things) for scene in scenes]
+    only = [t for t in scenes[side].things if t.name not in [other.name for other in scenes[1 - side].things]]
+    if kind == "pair_count":
+        asked = ask(rng, kind, lang, nth=CHOICE["nth"][lang][side])
+        return Turn(kind, asked, tell("count", scenes[side], lang))
+    if kind == "which" and only:
+        asked = ask(rng, kind, lang, **words(rng.choice(only), lang))
+        return Turn(kind, asked, CHOICE["more"][lang][side])
+    winner = 2 if totals[0] == totals[1] else totals.index(max(totals))
+    return Turn("more", ask(rng, "more", lang), CHOICE["more"][lang][winner])
+
+
+def talk(rng: Random, blind: bool) -> Dialogue:
+    """Small talk, and without a picture also a question that needs one."""
+    kind, lang = rng.choice(["who", "who", "can", "hello", "thanks"]), rng.choice(["en", "zh"])
+    said = "blind" if blind and rng.random() < 0.4 else kind
+    kind = rng.choice(["describe", "count", "number"]) if said == "blind" else kind
+    return [Turn("talk", ask(rng, kind, lang), SAY[said][lang])]
+
+
+def draw(rng: Random, kind: str, size: int) -> Batch:
+    """Rows about shapes, a number, a pair of pictures or none (talk); the first dialogue has two turns."""
+    pictures, largest, total = {
+        "shapes": (1, 24, 5),
+        "number": (1, 24, 2),
+        "pair": (2, 16, 5),
+        "talk": (0, 0, 0),
+    }[kind]
+    grids = [random_grid(rng, largest) for _ in range(pictures)]
+    make = number_scene if kind == "number" else shape_scene
+    rows, dialogues = [[make(rng, grid) for grid in grids] for _ in range(size)], []
+    for row in rows:
+        lang, *langs = rng.choices(["en", "zh"], k=total + 1)
+        small = [talk(rng, blind=not row)] if not row or rng.random() < 0.05 else []
+        if kind == "pair":
+            asked = [
+                [compare(rng, row, c) for c in pair] for pair in ([lang, lang], *zip(langs, strict=True))
+            ]
+        else:
+            asked = [follow_up(rng, row[0], lang), *([turn(rng, row[0], c)] for c in langs)] if row else []
+        dialogues.append(asked + small)
+    return grids, rows, dialogues
