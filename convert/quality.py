@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ import mlx.core as mx
 from qwenvl_mlx.checkpoint import load_model
 from qwenvl_mlx.checkpoint.loading import build
 from qwenvl_mlx.config import read_json
+from qwenvl_mlx.convert.answers import Known, know, known_answers
 from qwenvl_mlx.convert.probes import probes
 from qwenvl_mlx.convert.transform import Plan
 from qwenvl_mlx.engine.kv import kv_cost
@@ -31,12 +32,17 @@ CONTEXT = 4096  # tokens that the expected memory allows for
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Result against source over ``positions`` next-token distributions: mean KL divergence (nats), same best token."""
+    """Result against source over ``positions`` next-token distributions: mean KL divergence (nats), same best token.
+
+    ``before``, ``after``: how source and result know the answers that come with the checkpoint, if any do.
+    """
 
     kl_divergence: float
     top1_agreement: float
     positions: int
     prompts: int
+    before: Known | None = None
+    after: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Quality:
         if self.behaviour:
             rows.append(("KL divergence from the source", f"{self.behaviour.kl_divergence:.4f} nats"))
             rows.append(("same best token as the source", f"{self.behaviour.top1_agreement:.1%}"))
+            rows += _known_rows(self.behaviour.before, self.behaviour.after)
         if self.errors:
             rows.append(("mean relative error of quantised weights", f"{self.mean_error:.2%}"))
         rows.append(("size of the weights", _bytes(self.weight_bytes)))
@@ -128,10 +135,24 @@ def _behaviour(plan: Plan, source: Path, result: Path) -> tuple[Behaviour | None
     if not fits_memory(plan):
         return None, "behaviour was not measured: the source does not fit into this machine's memory"
     try:
-        prompts = list(probes(load_processor(result, read_json(result / "config.json"))))
+        processor = load_processor(result, read_json(result / "config.json"))
+        prompts, asked = list(probes(processor)), known_answers(source, processor)
     except QwenVLError as error:
         return None, f"behaviour was not measured: {error}"
-    return compare(source, result, prompts), ""
+    behaviour = compare(source, result, prompts)
+    if asked:
+        before, after = (know(folder, asked, working_dtype()) for folder in (source, result))
+        behaviour = replace(behaviour, before=before, after=after)
+    return behaviour, ""
+
+
+def _known_rows(before: Known | None, after: Known | None) -> list[tuple[str, str]]:
+    if not (before and after):
+        return []
+    return [
+        ("log-likelihood of a true word", f"{after.likelihood:.4f} nats (source {before.likelihood:.4f})"),
+        ("true words that it says itself", f"{after.accuracy:.1%} (source {before.accuracy:.1%})"),
+    ]
 
 
 def compare(source: Path, result: Path, prompts: list[Prompt]) -> Behaviour:

@@ -82,6 +82,18 @@ def test_every_question_about_the_samples_batched(folders: dict[str, str], form:
                 assert reply.text == row["answer"], row
 
 
+@pytest.mark.parametrize("form", ["8 bits", "4 bits"])
+def test_conversion_reports_how_well_the_answers_are_known(folders: dict[str, str], form: str) -> None:
+    report = json.loads((Path(folders[form]) / "quality.json").read_text(encoding="utf-8"))["behaviour"]
+    before, after = report["before"], report["after"]
+    assert after["accuracy"] > 0.9  # coordinates of boxes may be one step beside the true ones
+    assert after["likelihood"] == pytest.approx(before["likelihood"], abs=0.05)
+    assert after["likelihood"] != before["likelihood"]
+    assert f"(source {before['likelihood']:.4f})" in (Path(folders[form]) / "README.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_generate_answers_and_draws_the_box(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture, question, drawn = SAMPLES / "shapes-3.png", "Where is the red star?", tmp_path / "drawn.png"
     options = ["--prompt", question, "--boxes", str(drawn), "--dtype", "float32", "--device", "cpu"]

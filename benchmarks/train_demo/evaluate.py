@@ -13,7 +13,7 @@ from scenes import Box, Scene
 from qwenvl_mlx import Engine, load
 from qwenvl_mlx.engine import EngineOptions, GenerationOptions
 
-MIX = ("shapes", "shapes", "number", "shapes", "pair", "shapes", "number")
+MIX = ("shapes", "shapes", "number", "shapes", "pair", "video", "shapes", "number")
 Mark = tuple[str, Turn, str, bool]  # group, asked, said, right
 
 
@@ -41,10 +41,12 @@ def run(engine: Engine, kind: str, scenes: list[Scene], dialogue: Dialogue) -> I
     messages = []
     for place, turn in enumerate(dialogue):
         pictures = [{"type": "image", "image": scene.picture} for scene in scenes if not place]
+        if kind == "video" and not place:
+            pictures = [{"type": "video", "video": [f for scene in scenes for f in scene.frames], "fps": 2}]
         messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": turn.question}]})
         said = engine.generate(messages, GenerationOptions(max_tokens=64, temperature=0.0)).text
         messages.append({"role": "assistant", "content": said})
-        group = ("pair, " if kind == "pair" else "") + ("second turn" if place else turn.kind)
+        group = (f"{kind}, " if kind in ("pair", "video") else "") + ("second turn" if place else turn.kind)
         yield group, turn, said, right(turn, said, scenes)
 
 

@@ -18,12 +18,17 @@ from transformers import AutoTokenizer, Qwen3VLConfig
 from transformers import Qwen3VLForConditionalGeneration as Network
 
 DEMO = Path(__file__).parents[2] / "qwenvl_mlx" / "demo"
-END, IMAGE, ASSISTANT = "<|im_end|>", "<|image_pad|>", "<|im_end|>\n<|im_start|>assistant\n"
+END, IMAGE, VIDEO, ASSISTANT = (
+    "<|im_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
 
 
 def build_tokenizer() -> Tokenizer:
     """The shipped tokenizer's pattern and special tokens; merges until each piece of a question is one token."""
-    rng, kinds = Random(1), ("shapes", "number", "pair", "talk") * 1500
+    rng, kinds = Random(1), ("shapes", "number", "pair", "video", "talk") * 1500
     asked = [turn for kind in kinds for dialogue in draw(rng, kind, 1)[2][0] for turn in dialogue]
     texts = [text for turn in asked for text in turn[1:3]]
     texts += [f"[{v}, {v}, {v}" for v in range(0, 1001, BIN)] * 40 + [
@@ -112,39 +117,46 @@ class Packer:
         return row
 
     def pack(
-        self, model: Network, grids: list[Grid], rows: list[list[Dialogue]], rng: Random
-    ) -> tuple[Tensor, ...]:
-        """Tokens, weights, positions and attention mask of rows whose pictures have the same sizes."""
+        self, model: Network, kind: str, grids: list[Grid], rows: list[list[Dialogue]], rng: Random
+    ) -> Tensor:
+        """Rows of token, weight, owner (0: all dialogues) and three positions, for pictures of the same sizes."""
         text = f"<|im_start|>system\nYou are a helpful assistant.{END}\n" if rng.random() < 0.1 else ""
-        media = (f"<|vision_start|>{IMAGE * (high * wide)}<|vision_end|>" for high, wide in grids)
-        head = torch.tensor(self.encode(f"{text}<|im_start|>user\n{''.join(media)}"))
-        sizes, images = [[1, 2 * h, 2 * w] for h, w in grids], (head == self.encode(IMAGE)[0]).int()
-        start = model.model.get_rope_index(head[None], images[None], torch.tensor(sizes))[0][:, 0].T
-        packed = []
+        text, fps = text + "<|im_start|>user\n", rng.choice([1, 2, 4])
+        for n, (high, wide) in enumerate(grids):
+            time = f"<{(2 * n + 0.5) / fps:.1f} seconds>" if kind == "video" else ""
+            pads = (VIDEO if kind == "video" else IMAGE) * (high * wide)
+            text += f"{time}<|vision_start|>{pads}<|vision_end|>"
+        head, sizes = torch.tensor([self.encode(text)]), torch.tensor([[1, 2 * h, 2 * w] for h, w in grids])
+        places = model.model.get_rope_index(head, self.pads(head).int(), sizes)[0][:, 0].T.tolist()
+        packed, first = [], max(map(max, places)) + 1
         for dialogues in rows:
-            coded = [torch.tensor(self.dialogue(turns)).T for turns in dialogues]
-            owners = [torch.full((part.shape[1],), n) for n, part in enumerate(coded, 1)]
-            after = [start.max() + 1 + torch.arange(len(owner)).repeat(3, 1).T for owner in owners]
-            ids, weights = torch.cat(coded, 1)
-            empty = torch.zeros(len(head))
-            parts = [head, ids.long()], [empty, weights], [start, *after], [empty, *owners]
-            packed.append([torch.cat(part) for part in parts])
-        ids, weights, places, owners = (
-            pad_sequence(part, batch_first=True) for part in zip(*packed, strict=True)
-        )
-        shared = (owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])
-        return ids, weights, places.permute(2, 0, 1), shared.tril()[:, None]
+            row = [(token, 0.0, 0, *place) for token, place in zip(head[0].tolist(), places, strict=True)]
+            for n, turns in enumerate(dialogues, 1):
+                row += [(*coded, n, *[first + k] * 3) for k, coded in enumerate(self.dialogue(turns))]
+            packed.append(torch.tensor(row))
+        return pad_sequence(packed, batch_first=True)
 
-    def loss(self, model: Network, packed: tuple[Tensor, ...], seen: list[tuple[Tensor, ...]]) -> Tensor:
+    def pads(self, ids: Tensor) -> Tensor:
+        """Where the features of pictures go."""
+        return (ids == self.encode(IMAGE)[0]) | (ids == self.encode(VIDEO)[0])
+
+    def loss(self, model: Network, packed: Tensor, seen: list[tuple[Tensor, ...]]) -> Tensor:
         """Weighted sum over the words of answers; a coordinate shares its target with its neighbours."""
-        (ids, weights, places, mask), decoder = packed, model.model.language_model
+        ids, weights, owners, places = (
+            packed[..., 0].long(),
+            packed[..., 1],
+            packed[..., 2],
+            packed[..., 3:].long(),
+        )
+        mask = ((owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])).tril()[:, None]
+        decoder = model.model.language_model
         embeds, due, media = decoder.embed_tokens(ids), weights[:, 1:] > 0, {}
         if seen:
             last, tap = (torch.cat(parts, 1).flatten(0, 1) for parts in zip(*seen, strict=True))
-            images = ids == self.encode(IMAGE)[0]
+            images = self.pads(ids)
             embeds = embeds.masked_scatter(images[..., None], last)
             media = {"visual_pos_masks": images, "deepstack_visual_embeds": [tap]}
-        order = {"attention_mask": mask, "position_ids": places, "use_cache": False}
+        order = {"attention_mask": mask, "position_ids": places.permute(2, 0, 1), "use_cache": False}
         hidden = decoder(inputs_embeds=embeds, **order, **media).last_hidden_state[:, :-1][due]
         likely = linear(hidden, decoder.embed_tokens.weight).log_softmax(-1)
         shares = likely.gather(1, self.near[:, ids[:, 1:][due]].T) @ torch.tensor([0.7, 0.15, 0.15])

@@ -5,7 +5,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from scenes import COLOURS, SHAPES, Grid, Scene, Thing, number_scene, random_grid, shape_scene
+from scenes import COLOURS, SHAPES, Grid, Scene, Thing, number_scene, random_grid, shape_scene, video_scenes
 
 PHRASES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 ASK, SAY, CHOICE, CHINESE, SHARES = (PHRASES[k] for k in ("ask", "say", "choice", "chinese", "shares"))
@@ -81,9 +81,15 @@ def turn(
     rng: Random, scene: Scene, lang: str, kind: str = "", thing: Thing | None = None, phrase: str = ""
 ) -> Turn:
     """A question of that or any kind, about `thing` or any, in its usual or another phrase."""
-    shares = SHARES["number" if scene.number else "shapes"]
-    kinds = [kind] if kind else [k for k in shares if scene.number or alone(scene, TELLS.get(k, "name"))]
+    shares, several = SHARES["number" if scene.number else "shapes"], len(scene.things) > 1
+    kinds = [
+        k
+        for k in shares
+        if scene.number or (alone(scene, TELLS.get(k, "name")) and (several or k != "beside"))
+    ]
     kind = kind or rng.choices(kinds, [shares[k] for k in kinds])[0]
+    if kind == "beside":
+        return beside(rng, scene, lang)
     if kind == "is_there":
         yes = not scene.number and rng.random() < 0.5
         thing = rng.choice(scene.things) if yes else absent(rng, scene)
@@ -93,6 +99,16 @@ def turn(
         thing = thing or rng.choice(alone(scene, TELLS[kind]))
     asked = ask(rng, phrase or kind, lang, **words(thing, lang))
     return Turn(kind, asked, tell(kind, scene, lang, thing), thing)
+
+
+def beside(rng: Random, scene: Scene, lang: str) -> Turn:
+    """Whether one thing is to the left of, to the right of, above or below another."""
+    one, other = rng.sample(scene.things, 2)
+    far = [one.box[n] + one.box[n + 2] - other.box[n] - other.box[n + 2] for n in (0, 1)]
+    way = rng.randrange(4 if abs(far[1]) >= 16 else 2)
+    gaps = {"other": words(other, lang)["thing"], "side": CHOICE["side"][lang][way]}
+    answer = CHOICE["beside"][lang][(far[way // 2] > 0) == way % 2]
+    return Turn("beside", ask(rng, "beside", lang, **words(one, lang), **gaps), answer)
 
 
 def follow_up(rng: Random, scene: Scene, lang: str) -> Dialogue:
@@ -134,24 +150,30 @@ def talk(rng: Random, blind: bool) -> Dialogue:
 
 
 def draw(rng: Random, kind: str, size: int) -> Batch:
-    """Rows about shapes, a number, a pair of pictures or none (talk); the first dialogue has two turns."""
-    pictures, largest, total = {
-        "shapes": (1, 24, 5),
-        "number": (1, 24, 2),
-        "pair": (2, 16, 5),
-        "talk": (0, 0, 0),
+    """Rows about shapes, a number, a pair of pictures, a video or none (talk); first a dialogue of two turns."""
+    largest, total = {
+        "shapes": (24, 6),
+        "number": (24, 3),
+        "pair": (16, 6),
+        "video": (12, 3),
+        "talk": (0, 0),
     }[kind]
-    grids = [random_grid(rng, largest) for _ in range(pictures)]
-    make = number_scene if kind == "number" else shape_scene
-    rows, dialogues = [[make(rng, grid) for grid in grids] for _ in range(size)], []
-    for row in rows:
-        lang, *langs = rng.choices(["en", "zh"], k=total + 1)
-        small = [talk(rng, blind=not row)] if not row or rng.random() < 0.05 else []
+    grids = [random_grid(rng, largest) for _ in range({"pair": 2, "talk": 0}.get(kind, 1))]
+    grids = grids * rng.choice([2, 2, 3, 4]) if kind == "video" else grids
+    make, rows, dialogues = number_scene if kind == "number" else shape_scene, [], []
+    for _ in range(size):
+        (lang, *langs), way = rng.choices(["en", "zh"], k=max(1, total)), rng.randrange(4)
+        row = video_scenes(rng, grids, way) if kind == "video" else [make(rng, grid) for grid in grids]
         if kind == "pair":
-            asked = [
-                [compare(rng, row, c) for c in pair] for pair in ([lang, lang], *zip(langs, strict=True))
-            ]
+            two = [compare(rng, row, lang) for _ in range(2)]
+            asked = [two, *([compare(rng, row, c)] for c in langs)]
+        elif kind == "video":
+            moved = Turn("move", ask(rng, "move", lang), CHOICE["move"][lang][way])
+            asked = [[moved], *([turn(rng, row[0], c, rng.choice(["colour", "describe"]))] for c in langs)]
         else:
             asked = [follow_up(rng, row[0], lang), *([turn(rng, row[0], c)] for c in langs)] if row else []
-        dialogues.append(asked + small)
+        if not row or rng.random() < 0.05:
+            asked.append(talk(rng, blind=not row))
+        rows.append(row)
+        dialogues.append(asked)
     return grids, rows, dialogues

@@ -31,12 +31,16 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture and what is in it: things from left to right, or a number with the boxes of its digits."""
+    """A picture and what is in it: things from left to right, or a number with the boxes of its digits.
+
+    Of a video: two ``frames``, which the network sees as one picture.
+    """
 
     picture: Image.Image
     things: tuple[Thing, ...]
     number: str = ""
     digits: tuple[Box, ...] = ()
+    frames: tuple[Image.Image, ...] = ()
 
 
 def random_grid(rng: Random, largest: int) -> Grid:
@@ -72,20 +76,41 @@ def place(rng: Random, size: tuple[int, int], count: int) -> list[Box]:
     return sorted(boxes, key=lambda b: b[0] + b[2])
 
 
-def shape_scene(rng: Random, grid: Grid) -> Scene:
-    """One to four things, each pair of colour and shape at most once."""
-    picture = empty(rng, grid)
-    boxes = place(rng, picture.size, rng.randint(1, 4))
-    names = rng.sample([(c, s) for c in COLOURS for s in SHAPES], len(boxes))
-    things = tuple(Thing(*name, box) for name, box in zip(names, boxes, strict=True))
-    picture = picture.resize((2 * picture.width, 2 * picture.height))  # reduced again for smooth edges
-    for thing in things:
+def paint(ground: Image.Image, things: tuple[Thing, ...], fills: list[tuple[int, ...]]) -> Image.Image:
+    """The ground with things, at first twice as large for smooth edges."""
+    picture = ground.resize((2 * ground.width, 2 * ground.height))
+    for thing, fill in zip(things, fills, strict=True):
         far, turns = SHAPES[thing.shape]
         points = np.stack([np.sin(np.pi * turns), -np.cos(np.pi * turns)], 1) * np.array(far)[:, None]
         points, box = (points - points.min(0)) / np.ptp(points, 0), 2 * np.array(thing.box)
         outline = box[:2] + points * (box[2:] - box[:2] - 1)
-        ImageDraw.Draw(picture).polygon([*map(tuple, outline)], fill=tint(rng, thing.colour))
-    return Scene(picture.reduce(2), things)
+        ImageDraw.Draw(picture).polygon([*map(tuple, outline)], fill=fill)
+    return picture.reduce(2)
+
+
+def shape_scene(rng: Random, grid: Grid) -> Scene:
+    """One to four things, each pair of colour and shape at most once."""
+    ground = empty(rng, grid)
+    boxes = place(rng, ground.size, rng.randint(1, 4))
+    names = rng.sample([(c, s) for c in COLOURS for s in SHAPES], len(boxes))
+    things = tuple(Thing(*name, box) for name, box in zip(names, boxes, strict=True))
+    return Scene(paint(ground, things, [tint(rng, thing.colour) for thing in things]), things)
+
+
+def video_scenes(rng: Random, grids: list[Grid], way: int) -> list[Scene]:
+    """A thing that moves left, right, up or down, in as many groups of two frames."""
+    ground, total, axis = empty(rng, grids[0]), len(grids), way // 2
+    name = (rng.choice(list(COLOURS)), rng.choice(list(SHAPES)))
+    side, fill, size = rng.uniform(26, 0.5 * min(ground.size)), tint(rng, name[0]), ground.size
+    travel = rng.uniform(0.25 * size[axis], size[axis] - side - 2)
+    x, y = (rng.uniform(1, size[n] - side - 1 - travel * (n == axis)) for n in (0, 1))
+    scenes, path = [], np.linspace(0, travel, 2 * total)[:: 1 if way % 2 else -1]
+    for steps in path.reshape(total, 2):
+        corners = [(x + step * (axis == 0), y + step * (axis == 1)) for step in (*steps, steps.mean())]
+        things = [Thing(*name, (left, top, left + side, top + side)) for left, top in corners]
+        first, second = (paint(ground, (thing,), [fill]) for thing in things[:2])
+        scenes.append(Scene(Image.blend(first, second, 0.5), (things[2],), frames=(first, second)))
+    return scenes
 
 
 def number_scene(rng: Random, grid: Grid) -> Scene:

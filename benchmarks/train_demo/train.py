@@ -23,7 +23,7 @@ STAGES = ((1300, 6e-3, 3e-3, 1.0, 0.4), (7000, 3e-3, 2e-3, 0.7, 0.2))
 def step_loss(model: Network, heads: DenseHeads, packer: Packer, stage: int, rng: Random) -> Tensor:
     """Loss of one step on this process: what the cells show, and in the second stage the answers."""
     total, embed = torch.zeros(()), model.model.language_model.embed_tokens.weight
-    sizes = {"shapes": 3, "number": 2, "pair": 4} if stage else {"shapes": 14, "number": 8}
+    sizes = {"shapes": 4, "number": 2, "pair": 3, "video": 2} if stage else {"shapes": 14, "number": 8}
     for kind, size in (sizes | ({"talk": 2} if stage and rng.random() < 0.06 else {})).items():
         grids, rows, dialogues = draw(rng, kind, size)
         seen = [see(model, [row[n].picture for row in rows], grid) for n, grid in enumerate(grids)]
@@ -31,7 +31,7 @@ def step_loss(model: Network, heads: DenseHeads, packer: Packer, stage: int, rng
             shown = heads(sum(seen[n]), [label(row[n], grid) for row in rows], embed)
             total = total + shown * size / (16 * len(grids) if stage else 14)
         if stage:
-            total = total + packer.loss(model, packer.pack(model, grids, dialogues, rng), seen) / 60
+            total = total + packer.loss(model, packer.pack(model, kind, grids, dialogues, rng), seen) / 60
     return total
 
 
