@@ -189,3 +189,48 @@ def test_closing_fails_what_is_under_way(model: FakeModel) -> None:
         request.result()
     with pytest.raises(GenerationError, match="closed"):
         engine.submit("y")
+
+
+def test_a_listener_that_fails_ends_its_own_request_only(model: FakeModel) -> None:
+    def broken(event: object) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    with Engine(model, FakeProcessor(), EngineOptions(max_queue=100)) as engine:
+        for _ in range(5):
+            engine.submit("x", options(max_tokens=400), listener=broken)
+        assert len(engine.generate("y", options(max_tokens=30)).tokens) == 30
+        assert engine.alive
+
+
+class Fatal(FakeModel):
+    """Fails in a way that no request can cause."""
+
+    def decode(self, tokens: object, cache: object) -> object:  # type: ignore[override]
+        if len(self.encoded) == 1:  # the engine tries the model once when it is made
+            raise AssertionError("broken")
+        return super().decode(tokens, cache)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_has_died() -> None:
+    engine = Engine(Fatal(), FakeProcessor(), EngineOptions(max_queue=10**6))
+    outcomes: list[str] = []
+
+    def ask_on() -> None:
+        while engine.alive:
+            try:
+                engine.generate("x", options(max_tokens=3))
+            except GenerationError as error:
+                outcomes.append(str(error))
+
+    threads = [threading.Thread(target=ask_on) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    engine.submit(ask("what?", picture(1)), options())
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert outcomes
+    with pytest.raises(GenerationError, match="closed"):
+        engine.submit("x")
+    engine.close()

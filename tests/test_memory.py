@@ -94,6 +94,28 @@ def test_requests_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert most == 2  # 2 x (58 + 50) rows fit, three don't
 
 
+def test_padding_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer's neighbours must not be padded to its length where the memory does not allow it."""
+    model = FakeModel()
+    together: list[int] = []
+    allow(monkeypatch, model, 700 * ROW)
+    plain = FakeModel.decode
+
+    def watching(self: FakeModel, tokens: Any, cache: Any) -> Any:
+        together.append(tokens.shape[0])
+        return plain(self, tokens, cache)
+
+    monkeypatch.setattr(FakeModel, "decode", watching)
+    options = GenerationOptions(max_tokens=30, ignore_eos=True)
+    with Engine(model, FakeProcessor(), EngineOptions(cache_bytes=0, prompt_lookup=False)) as engine:
+        requests = [engine.submit("x" * length, options) for length in (400, 10, 11, 12)]
+        assert [len(request.result().tokens) for request in requests] == [30] * 4
+    assert max(together) == 3  # the short ones; the long one by itself
+    padded = MemoryPlan(model, None, 10**9)
+    assert padded.allows_padding(10, 0)
+    assert not padded.allows_padding(10**9 // ROW, 0)
+
+
 def test_what_is_remembered_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FakeModel()
     allow(monkeypatch, model, 200 * ROW)

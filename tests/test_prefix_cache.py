@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from fakes import FakeModel, FakeProcessor, ask, picture
@@ -111,6 +112,19 @@ def test_the_budget_is_kept_and_the_oldest_goes(model: FakeModel) -> None:
         recent = engine.generate(ask("question 11", picture(11)), OPTIONS)
         old = engine.generate(ask("question 0", picture(0)), OPTIONS)
     assert recent.usage.cached_tokens > old.usage.cached_tokens
+
+
+def test_what_is_counted_is_what_is_kept(model: FakeModel) -> None:
+    """Caches grow by 256 rows: a short prompt must not keep a long buffer."""
+    options = GenerationOptions(max_tokens=5, ignore_eos=True)
+    with engine_for(model, EngineOptions(cache_bytes=10**8)) as engine:
+        engine.generate("the first", options)
+        kept, counted = mx.get_active_memory(), engine.remembered_bytes
+        for number in range(30):
+            engine.generate(f"{number} question", options)
+        kept, counted = mx.get_active_memory() - kept, engine.remembered_bytes - counted
+    assert counted > 0
+    assert kept < 1.2 * counted + 50_000
 
 
 def test_rows_of_another_rope_key_are_not_shared(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

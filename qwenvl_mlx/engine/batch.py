@@ -31,6 +31,11 @@ class Row:
     pending: Logprobs | None = None
 
     @property
+    def length(self) -> int:
+        """Tokens in its cache."""
+        return len(self.prompt_ids) + self.fed
+
+    @property
     def wants_more(self) -> bool:
         """Whether it will go on after the token that is being computed, unless that ends it."""
         return len(self.sequence.tokens) + 1 < self.sequence.limit
@@ -55,6 +60,11 @@ class Batch:
     def takes(self, cache: Cache) -> bool:
         """Whether a row with such a cache can join: mlx-lm has no batches of quantised ones."""
         return not self.rows or all(hasattr(layer, "merge") for layer in cache)
+
+    def padding(self, *joining: int) -> int:
+        """Tokens of padding in the cache; ``joining``: as if sequences of these lengths were there too."""
+        lengths = [row.length for row in self.rows] + list(joining)
+        return len(lengths) * max(lengths, default=0) - sum(lengths)
 
     def add(self, row: Row, cache: Cache, logits: mx.array) -> None:
         """Let a row join after its prefill; ``logits`` ``[vocab]`` give its first token."""

@@ -17,7 +17,7 @@ from qwenvl_mlx.engine.loop import Loop
 from qwenvl_mlx.engine.memory import EXPECTED_ANSWER, MemoryPlan, picture_size
 from qwenvl_mlx.engine.options import EngineOptions, GenerationOptions
 from qwenvl_mlx.engine.request import Listener, Request
-from qwenvl_mlx.errors import Busy, GenerationError, PromptError
+from qwenvl_mlx.errors import Busy, PromptError
 from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.models.base import VisionLanguageModel
 from qwenvl_mlx.processor.base import MediaOptions, Message, Processor
@@ -45,7 +45,6 @@ class Engine:
         self._loop = Loop(model, processor, self.options, self._plan, self.context_length)
         self._thread = threading.Thread(target=self._loop.run, name="qwenvl-engine", daemon=True)
         self._lock = threading.Lock()
-        self._closed = False
 
     def prompt(
         self,
@@ -93,23 +92,23 @@ class Engine:
         template: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
     ) -> Request:
-        """Queue a request and return at once. Raises ``PromptError``, ``MediaError``, ``Busy``, ``OutOfMemory``.
+        """Queue a request and return at once.
+
+        Raises ``PromptError``, ``MediaError``, ``Busy``, ``OutOfMemory``, and ``GenerationError`` once it is closed.
 
         ``media``, ``tools`` and ``template`` are for the processor; ``listener`` see ``Request``.
         """
         prompt = self.prompt(question, media=media, tools=tools, template=template)
         options = options or GenerationOptions()
         self._check(prompt)
-        self._plan.check(prompt, options.max_tokens or EXPECTED_ANSWER)
-        request = Request(prompt, options, listener)
+        needs = self._plan.check(prompt, options.max_tokens or EXPECTED_ANSWER)
+        request = Request(prompt, options, listener, needs=needs)
         with self._lock:
-            if self._closed or self._loop.fault:
-                raise GenerationError("the engine is closed: make a new one")
             if self._loop.waiting >= self.options.max_queue:
                 raise Busy(f"{self.options.max_queue} requests are waiting: try again later")
+            self._loop.put(request)
             if not self._thread.ident:
                 self._thread.start()
-            self._loop.put(request)
         return request
 
     def generate(self, question: Question, options: GenerationOptions | None = None, **more: Any) -> Reply:
@@ -133,7 +132,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether it takes requests: not closed, and its thread has not failed."""
-        return not self._closed and self._loop.fault is None
+        return not self._loop.closed
 
     @property
     def waiting(self) -> int:
@@ -153,7 +152,6 @@ class Engine:
     def close(self) -> None:
         """End the engine after the step that it is in; requests under way fail with ``GenerationError``."""
         with self._lock:
-            self._closed = True
             self._loop.close()
         if self._thread.ident:
             self._thread.join()

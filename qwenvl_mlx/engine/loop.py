@@ -57,7 +57,7 @@ class Loop:
         self._context = context
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
-        self._lanes: list[Batch] = []  # one, unless the kind of cache forbids batches
+        self._lanes: list[Batch] = []  # one, unless the kind of cache or its padding asks for more
         self._new_cache = cache_maker(model, options.kv_bits)
         self._turn = processor.tokenizer.id("<|im_start|>")
         budget = memory.default_cache_bytes() if options.cache_bytes is None else options.cache_bytes
@@ -65,6 +65,7 @@ class Loop:
         self._paces = Paces(lambda: self._answering > 0, options.prefill_chunk)
         self._prefill: Prefill | None = None
         self._slices: Iterator[None] = iter(())
+        self._door = threading.Lock()  # no request may slip in after the last look at the inbox
         self._closing = threading.Event()
         self._steps = 0
         self.fault: BaseException | None = None
@@ -80,24 +81,31 @@ class Loop:
         return self._answering + (self._prefill is not None)
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: it was closed, or its thread has failed."""
+        return self._closing.is_set()
+
+    @property
     def _answering(self) -> int:
         return sum(map(len, self._lanes))
 
     def put(self, request: Request) -> None:
-        """Hand over a request, from any thread."""
-        self._inbox.put(request)
+        """Hand over a request, from any thread; ``GenerationError`` when nobody will look at it."""
+        with self._door:
+            if self.closed:
+                raise GenerationError("the engine is closed: make a new one")
+            self._inbox.put(request)
 
     def close(self) -> None:
         """End the thread after the step that it is in."""
-        self._closing.set()
-        self._inbox.put(None)
+        with self._door:
+            self._closing.set()
+            self._inbox.put(None)
 
     def run(self) -> None:
         try:
-            if memory.on_gpu():
-                mx.set_wired_limit(
-                    memory.working_set()
-                )  # macOS must not page the weights out between requests
+            if memory.on_gpu():  # macOS must not page the weights out between requests
+                mx.set_wired_limit(memory.working_set())
             while not self._closing.is_set():
                 self._receive()
                 self._read()
@@ -106,6 +114,7 @@ class Loop:
             self.fault = fault
             raise
         finally:
+            self.close()
             self._abandon()
             self.prefixes.clear()
             mx.clear_streams()  # a thread that leaves streams behind can abort the interpreter's exit
@@ -145,13 +154,14 @@ class Loop:
         """Whether there is a place and memory for one more. What is only remembered makes room."""
         if self._answering >= self._options.max_batch:
             return False
-        running = [row.sequence.request for lane in self._lanes for row in lane.rows]
-        needs = sum(self._needs(one) for one in [*running, request])
+        needs = self._planned() + request.needs
         self.prefixes.shrink(max(self._plan.free - needs, 0))
-        return not running or needs <= self._plan.free
+        return not self._lanes or needs <= self._plan.free
 
-    def _needs(self, request: Request) -> int:
-        return self._plan.needs(request.prompt, request.options.max_tokens or memory.EXPECTED_ANSWER)
+    def _planned(self) -> int:
+        """Bytes that running answers will take, with the padding of their batches."""
+        rows = sum(row.sequence.request.needs for lane in self._lanes for row in lane.rows)
+        return rows + sum(self._plan.padding(lane.padding()) for lane in self._lanes)
 
     def _begin(self, request: Request) -> None:
         room = self._context - len(request.prompt)
@@ -175,22 +185,26 @@ class Loop:
         guessable = sampler.plain and request.options.logprobs is None and prefill.cache.trimmable
         lookup = Lookup(prompt) if guessable and self._options.prompt_lookup else None
         row = Row(prefill.sequence, sampler, prefill.ids, prefill.rope_key, lookup)
-        lane = next((lane for lane in self._lanes if lane.takes(prefill.cache)), None)
-        if lane is None:
-            lane = Batch(self._model)
-            self._lanes.append(lane)
-        lane.add(row, prefill.cache, prefill.logits)
+        self._lane_for(row, prefill.cache).add(row, prefill.cache, prefill.logits)
         mx.clear_cache()
+
+    def _lane_for(self, row: Row, cache: Cache) -> Batch:
+        """A batch that takes it without too much padding, or a new one."""
+        taken = self._planned() + row.sequence.request.needs
+        for lane in self._lanes:
+            if lane.takes(cache) and self._plan.allows_padding(lane.padding(row.length), taken):
+                return lane
+        self._lanes.append(Batch(self._model))
+        return self._lanes[-1]
 
     def _decode(self) -> None:
         for lane in self._lanes:
             try:
                 ended = lane.step()
-            except (
-                REQUEST_FAULTS
-            ) as error:  # the memory of the device, most likely: who shares it shares this
+            except REQUEST_FAULTS as error:  # the device's memory, most likely: who shares it shares this
                 for row in lane.rows:
-                    self._fail(row.sequence.request, error)
+                    if row.sequence.finish_reason is None:
+                        self._fail(row.sequence.request, error)
                 lane.clear()
                 continue
             for row, cache in ended:
@@ -207,7 +221,6 @@ class Loop:
 
     def _remember(self, ids: Ids, rope_key: float, cache: Cache) -> None:
         if self.prefixes.budget:
-            mx.eval(cache.arrays)
             self.prefixes.put(ids, rope_key, cache)
 
     def _fail(self, request: Request, error: Exception) -> None:

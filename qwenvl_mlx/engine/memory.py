@@ -22,6 +22,7 @@ LIVE_BLOCKS = (
     5  # measured peaks of vision towers: 2.9 to 4.1 times what the linear layers of one block give out
 )
 SMALLEST_SHARE = 0.01
+SMALL_PADDING = 1 << 26  # bytes of padding that are not worth a second batch, however small the model
 
 
 def working_set() -> int:
@@ -53,7 +54,7 @@ class MemoryPlan:
     def __init__(self, model: VisionLanguageModel, kv_bits: int | None, limit: int | None = None) -> None:
         self.limit = working_set() if limit is None else limit
         arrays = dict(tree_flatten(model.parameters()))
-        self.weights = sum(array.nbytes for array in arrays.values())
+        self.weights: int = sum(array.nbytes for array in arrays.values())
         self._model = model
         self._kv = kv_cost(model, kv_bits)
         self._width, self._itemsize = _vision_shape(getattr(model, "vision_tower", None))
@@ -63,6 +64,18 @@ class MemoryPlan:
         """Bytes beside the weights."""
         return int(self.limit - self.weights)
 
+    def padding(self, tokens: int) -> int:
+        """Bytes of so many tokens of padding in a batch's cache."""
+        return int(self._kv.token * tokens)
+
+    def allows_padding(self, tokens: int, taken: int) -> bool:
+        """Whether a batch with so much padding is better than two batches, where ``taken`` bytes are planned already.
+
+        A second batch reads the weights a second time in every step; a padded cache is read with its padding.
+        """
+        room = min(max(self.weights, SMALL_PADDING), self.free - taken)
+        return self.padding(tokens) <= max(room, 0)
+
     def needs(self, prompt: Prompt, answer: int, *, share: float = 1.0) -> int:
         """Peak bytes of a request; ``share``: as if its media had only so much of their area."""
         media = max((self._vision(item, share) for item in prompt.media), default=0)
@@ -71,14 +84,15 @@ class MemoryPlan:
         tokens = len(prompt) - less + min(answer, EXPECTED_ANSWER)
         return int(self._kv.token * tokens) + self._kv.fixed + media
 
-    def check(self, prompt: Prompt, answer: int) -> None:
-        """``OutOfMemory`` for what can't be done even alone."""
+    def check(self, prompt: Prompt, answer: int) -> int:
+        """What the request needs; ``OutOfMemory`` for what can't be done even alone."""
         needs = self.needs(prompt, answer)
         if needs > self.free:
             raise OutOfMemory(
                 f"the request needs {_gb(needs)} beside the model's {_gb(self.weights)}, and {_gb(self.limit)} may be "
                 "used: take smaller pictures (max_pixels), a shorter prompt, --kv-bits, or a smaller model"
             )
+        return needs
 
     def share(self, prompt: Prompt, answer: int) -> float:
         """How much of the media's area fits; 1.0 where everything does."""

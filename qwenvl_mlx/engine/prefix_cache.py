@@ -1,13 +1,14 @@
 """Remember what was read: KV rows of earlier prompts and answers, and the features of pictures.
 
 A prompt is known by its token ids, with the content of its media in place of their placeholders: the same picture
-is the same prefix, from whatever place it came. Rows are shared, not copied: MLX's arrays don't change once they
-are in here.
+is the same prefix, from whatever place it came. Rows are shared where that keeps no more memory than they need:
+MLX's arrays don't change once they are in here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from qwenvl_mlx.models.base import VisionLanguageModel
 
 Ids = NDArray[np.int64]
 FEATURE_SHARE = 0.25  # of the budget; features are small beside the KV rows of the same tokens
+SLACK = 1.125  # a buffer of more rows than that, compared with those in use, is not kept for their sake
 
 
 def content_ids(model: VisionLanguageModel, prompt: Prompt) -> Ids:
@@ -83,9 +85,10 @@ class PrefixCache:
 
     def put(self, ids: Ids, rope_key: float, cache: Cache) -> None:
         """Keep the state after ``ids``. The caller may go on with ``cache``."""
-        entry = Entry(ids, rope_key, share(cache, len(ids)))
+        entry = Entry(ids, rope_key, share(cache, len(ids), to_keep=True))
         if len(ids) == 0 or entry.cache.nbytes > self.budget * (1 - FEATURE_SHARE):
             return
+        mx.eval(entry.cache.arrays)  # lazily, they would hold the buffers that they are taken from
         for name, old in list(self._entries.items()):
             covered = old.rope_key == rope_key and _common(old.ids, ids) == len(old.ids)
             if covered and (cache.trimmable or len(old.ids) == len(ids)):
@@ -122,33 +125,41 @@ class PrefixCache:
         self._entry_bytes -= self._entries.pop(name).cache.nbytes
 
 
-def share(cache: Cache, length: int) -> Cache:
+def share(cache: Cache, length: int, *, to_keep: bool = False) -> Cache:
     """The first ``length`` tokens of a sequence's state, as a cache that can go its own way.
 
-    A recurrent layer's state can't be cut: it must be the one after ``length`` tokens.
+    A recurrent layer's state can't be cut: it must be the one after ``length`` tokens. ``to_keep``: copy rows out of
+    buffers that are much larger.
     """
-    return Cache([_share_layer(layer, length) for layer in cache], cache.rope_delta[:], cache.ntk_alpha)
+    layers = [_share_layer(layer, length, SLACK * length if to_keep else math.inf) for layer in cache]
+    return Cache(layers, cache.rope_delta[:], cache.ntk_alpha)
 
 
-def _share_layer(layer: Any, length: int) -> Any:
+def _share_layer(layer: Any, length: int, largest: float) -> Any:
     state = layer.state
-    if hasattr(
-        layer, "offset"
-    ):  # KVCache: (keys, values, offset); quantised ones have group size and bits besides
-        keys, values, _, *settings = state
-        return type(layer).from_state((_rows(keys, length), _rows(values, length), length, *settings))
+    if hasattr(layer, "offset"):  # KVCache; quantised ones have group size and bits besides
+        _, _, _, *settings = state
+        keys, values = (_rows(arrays, length, largest) for arrays in (layer.keys, layer.values))
+        return type(layer).from_state((keys, values, length, *settings))
     arrays, *padding = state
     return type(layer).from_state(([array[:] for array in arrays], *padding))
 
 
-def _rows(arrays: mx.array | Sequence[mx.array], length: int) -> Any:
-    if isinstance(arrays, mx.array):
+def _rows(arrays: mx.array | Sequence[mx.array], length: int, largest: float) -> Any:
+    if not isinstance(arrays, mx.array):
+        return tuple(_rows(array, length, largest) for array in arrays)
+    if arrays.shape[-2] <= largest:
         return arrays[..., :length, :]
-    return tuple(array[..., :length, :] for array in arrays)
+    return mx.take(arrays, mx.arange(length), axis=-2)  # a slice or mx.contiguous may share the buffer
 
 
 def _common(a: Ids, b: Ids) -> int:
-    """Length of the longest common beginning."""
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if len(different) else length
+    """Length of the longest common beginning. Most sequences part early: looks further and further."""
+    length, begin, step = min(len(a), len(b)), 0, 256
+    while begin < length:
+        end = min(begin + step, length)
+        different = np.flatnonzero(a[begin:end] != b[begin:end])
+        if len(different):
+            return begin + int(different[0])
+        begin, step = end, 4 * step
+    return length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -11,6 +12,8 @@ from qwenvl_mlx.engine.events import Event, FinishEvent, Reply
 from qwenvl_mlx.engine.options import GenerationOptions
 from qwenvl_mlx.media import Prompt
 
+log = logging.getLogger(__name__)
+
 Outcome = Event | Exception
 Listener = Callable[[Outcome], None]
 
@@ -18,13 +21,18 @@ Listener = Callable[[Outcome], None]
 class Request:
     """One submitted prompt. Iterate over it for events, or wait for ``result()``; both raise what went wrong.
 
+    ``needs``: bytes that it will take, see ``MemoryPlan``.
     ``listener``: called with every event, or with the error that ended the request, on the engine's thread and in
-    place of iterating: for callers that have an event loop of their own. It must return at once.
+    place of iterating: for callers that have an event loop of their own. It must return at once. If it raises
+    ``RuntimeError``, as a closed event loop does, the request is cancelled.
     """
 
-    def __init__(self, prompt: Prompt, options: GenerationOptions, listener: Listener | None = None) -> None:
+    def __init__(
+        self, prompt: Prompt, options: GenerationOptions, listener: Listener | None = None, *, needs: int = 0
+    ) -> None:
         self.prompt = prompt
         self.options = options
+        self.needs = needs
         self.submitted = time.perf_counter()
         self._events: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._listener = listener or self._events.put
@@ -59,4 +67,8 @@ class Request:
 
     def emit(self, event: Outcome) -> None:
         """For the engine: pass an event on to the caller."""
-        self._listener(event)
+        try:
+            self._listener(event)
+        except RuntimeError as error:  # its fault, and nobody else's
+            log.warning("a listener failed (%s): its request is cancelled", error)
+            self.cancel()
