@@ -41,7 +41,8 @@ def inputs(case: Case, config: dict[str, Any], seed: int = 0) -> Inputs:
     random = np.random.default_rng(seed)
     text = config.get("text_config", config)
     vision = config["vision_config"]
-    limit = min(text["vocab_size"], config["vision_start_token_id"])
+    special = [config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id")]
+    limit = min(text["vocab_size"], *special)
     words = random.integers(10, limit, case.text)
     if case.picture is None:
         return Inputs(words, None, None)

@@ -42,10 +42,10 @@ class Result:
 class Worker:
     """One program in its own process."""
 
-    def __init__(self, name: str, folder: Path, dtype: str, python: str) -> None:
+    def __init__(self, name: str, folder: Path, options: Sequence[str], python: str) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.programs", name, str(folder), dtype],
+            [python, "-m", "benchmarks.programs", name, str(folder), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -68,8 +68,10 @@ class Worker:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(timeout=60)
+        self.process.stdout.close()
 
 
 def available(names: Sequence[str], peer_python: str | None) -> list[str]:
@@ -85,13 +87,13 @@ def available(names: Sequence[str], peer_python: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def _workers(
-    names: Sequence[str], folder: Path, dtype: str, peer_python: str | None
+    names: Sequence[str], folder: Path, options: Sequence[str], peer_python: str | None
 ) -> Iterator[list[Worker]]:
     workers: list[Worker] = []
     try:
         for name in names:
             python = peer_python if name == "mlx-vlm" and peer_python else sys.executable
-            workers.append(Worker(name, folder, dtype, python))
+            workers.append(Worker(name, folder, options, python))
         yield workers
     finally:
         for worker in workers:
@@ -103,13 +105,17 @@ def compare(
     *,
     programs: Sequence[str],
     dtype: str = "float32",
+    clock: str = "wall",
     rounds: int = 3,
     cases: Sequence[Case] = CASES,
     peer_python: str | None = None,
 ) -> dict[str, Any]:
     """Run every case in every program ``rounds`` times, in turn, after one warm-up."""
     results: list[Result] = []
-    with tempfile.TemporaryDirectory() as scratch, _workers(programs, folder, dtype, peer_python) as workers:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _workers(programs, folder, [dtype, clock], peer_python) as workers,
+    ):
         for case in cases:
             able = [worker for worker in workers if case.picture is None or worker.name not in BLIND]
             rows = [Result(worker.name, case.name) for worker in able]
@@ -128,6 +134,7 @@ def compare(
     return {
         "device": describe(),
         "dtype": dtype,
+        "clock": clock,
         "model": folder.name,
         "loads": loads,
         "results": [asdict(result) for result in results],
@@ -137,6 +144,7 @@ def compare(
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown: medians, and ours as a ratio to each other program (below 1: ours is faster)."""
     lines = [
+        *_loads(report),
         "| case | program | vision s | prefill s | first token s | decode tokens/s "
         "| vision GB | peak GB | logits differ by |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -150,6 +158,13 @@ def table(report: dict[str, Any]) -> str:
         numbers = f"{vision} | {row.peak / 1e9:.2f} | {row.difference:.1e}"
         lines.append(f"| {row.case} | {row.program} | {' | '.join(cells)} | {speed} | {numbers} |")
     return "\n".join(lines)
+
+
+def _loads(report: dict[str, Any]) -> list[str]:
+    lines = ["| program | runs on | load s | peak GB after load |", "|---|---|---|---|"]
+    for name, loaded in report["loads"].items():
+        lines.append(f"| {name} | {loaded['device']} | {loaded['load']:.2f} | {loaded['peak'] / 1e9:.2f} |")
+    return [*lines, ""]
 
 
 def _ratio(ours: Result, other: Result, part: str) -> str:

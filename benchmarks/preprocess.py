@@ -1,22 +1,22 @@
 """A 12-megapixel photo to rows of patches: our CPU time and memory next to transformers' Pillow processor.
 
-python -m benchmarks.preprocess
+python -m benchmarks preprocess
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.device import describe, peak_bytes, reset_peak
 from qwenvl_mlx.processor.patches import image_media
 from qwenvl_mlx.processor.rules import CLIP_MEAN, CLIP_STD, PatchRules
 
@@ -24,31 +24,34 @@ RULES = PatchRules(14, 2, 2, 3136, 12845056, CLIP_MEAN, CLIP_STD)  # those of Qw
 ROUNDS = 7
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    del argv  # there is nothing to choose
+def measure() -> tuple[dict[str, Any], str]:
+    """Report and Markdown table: processor seconds and memory beyond the decoded photo."""
     photo = _photo(4000, 3000)
     image_media(_photo(400, 300), RULES)  # what is loaded on first use is not the photo's
-    before = _peak()
+    reset_peak()
+    before = peak_bytes()
     media = image_media(photo, RULES)
-    extra = _peak() - before
-    print(
-        f"photo {photo.width}x{photo.height} -> grid {media.grid}, rows {media.patches.nbytes / 1e6:.1f} MB"
-    )
-    print(f"memory beyond the decoded photo: {extra / 1e6:.1f} MB")
+    extra = peak_bytes() - before
+    grid = media.grid
     del media
     programs: dict[str, Callable[[], object]] = {"qwenvl-mlx": lambda: image_media(photo, RULES)}
     if importlib.util.find_spec("transformers"):
         programs["transformers (Pillow)"] = _reference(photo)
     seconds = _cpu_seconds(programs)
+    mine = statistics.median(seconds["qwenvl-mlx"])
+    lines = ["| photo 4000x3000 | processor s | spread | ours is |", "|---|---|---|---|"]
     for name, samples in seconds.items():
+        median = statistics.median(samples)
         spread = f"{min(samples):.3f} to {max(samples):.3f}"
-        print(f"{name}: {statistics.median(samples):.3f} s of CPU (median of {ROUNDS}, {spread})")
-    if len(seconds) > 1:
-        ours, theirs = (statistics.median(samples) for samples in seconds.values())
-        print(f"ratio: {ours / theirs:.2f}")
+        lines.append(f"| {name} | {median:.3f} | {spread} | ×{mine / median:.2f} |")
     one, several = _wall(photo, 1), _wall(photo, 4)
-    print(f"4 photos at once: {several:.2f} s, one after the other {4 * one:.2f} s ({os.cpu_count()} cores)")
-    return 0
+    lines += [
+        "",
+        f"Grid {grid}; {extra / 1e6:.0f} MB beyond the decoded photo. "
+        f"Four at once: {several:.2f} s, one after the other {4 * one:.2f} s ({os.cpu_count()} cores).",
+    ]
+    report = {"device": describe(), "seconds": seconds, "bytes": extra, "four": several, "one": one}
+    return report, "\n".join(lines)
 
 
 def _photo(width: int, height: int) -> Image.Image:
@@ -79,12 +82,3 @@ def _wall(photo: Image.Image, count: int) -> float:
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(lambda _: image_media(photo, RULES), range(count)))
     return time.perf_counter() - start
-
-
-def _peak() -> int:
-    """The most bytes this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

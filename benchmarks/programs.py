@@ -1,7 +1,7 @@
 """The programs that are compared: each loads a checkpoint and runs a case, and tells how long its parts took.
 
-A program runs in a process of its own (``python -m benchmarks.programs NAME FOLDER DTYPE``), which takes one case a
-line on stdin and answers one line of JSON, so that several can be alive at once and be measured in turn.
+A program runs in a process of its own (``python -m benchmarks.programs NAME FOLDER DTYPE CLOCK``), which takes one
+case a line on stdin and answers one line of JSON, so that several can be alive at once and be measured in turn.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from benchmarks.cases import Case, Inputs, inputs
 from benchmarks.device import peak_bytes, reset_peak
 
 Timings = dict[str, float]
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Program(Protocol):
@@ -38,9 +40,10 @@ class Program(Protocol):
 class Ours:
     """qwenvl-mlx itself."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
         import mlx.core as mx
 
+        self.clock = clock
         from qwenvl_mlx import load_model
 
         self.mx = mx
@@ -52,34 +55,35 @@ class Ours:
 
         mx, model = self.mx, self.model
         media = [] if given.rows is None or given.grid is None else [Media("image", given.rows, given.grid)]
-        start = time.perf_counter()
+        start = self.clock()
         with _counted(mx) as held:
             features = model.encode(media)
             mx.eval([(item.embeddings, item.deepstack) for item in features])
-        seen = time.perf_counter()
+        seen = self.clock()
         embedded = model.embed(given.ids.tolist(), features, media)
         cache = model.make_cache()
         logits = model(embedded, cache=cache, last_only=True)[0, -1].astype(mx.float32)
         token = mx.argmax(logits)
         mx.eval(token, logits)
-        first = time.perf_counter()
+        first = self.clock()
         for _ in range(case.new_tokens):
             following = mx.argmax(model.decode(token.reshape(1, 1), cache)[0, -1])
             mx.async_eval(following)
             token.item()
             token = following
         mx.eval(token)
-        end = time.perf_counter()
+        end = self.clock()
         return _timings(start, seen, first, end, case) | held, np.array(logits)
 
 
 class Torch:
     """transformers on PyTorch: MPS where there is one, else the CPU."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
         import torch
         from transformers import AutoModelForImageTextToText
 
+        self.clock = clock
         self.torch = torch
         torch.set_num_threads(int(np.clip(torch.get_num_threads(), 1, 64)))
         self.device = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -92,7 +96,7 @@ class Torch:
             ids = torch.from_numpy(given.ids)[None].to(self.device)
             extra: dict[str, Any] = {}
             features = None
-            start = time.perf_counter()
+            start = self.clock()
             if given.rows is not None and given.grid is not None:
                 rows = torch.from_numpy(given.rows).to(self.device, self.model.dtype)
                 grid = torch.tensor([given.grid], device=self.device)
@@ -100,14 +104,14 @@ class Torch:
                 self._wait()
                 extra = {"pixel_values": rows, "image_grid_thw": grid}
                 extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
-            seen = time.perf_counter()
+            seen = self.clock()
             with self._knowing(features):
                 out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
             self._wait()
-            first = time.perf_counter()
+            first = self.clock()
             logits = out.logits[0, -1].float().cpu().numpy()
             self._decode(out, case.new_tokens)
-            end = time.perf_counter()
+            end = self.clock()
         return _timings(start, seen, first, end, case), logits
 
     @contextlib.contextmanager
@@ -134,11 +138,12 @@ class Torch:
 class MlxVlm:
     """mlx-vlm, where it is installed."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
         import mlx.core as mx
         from mlx.utils import tree_map
         from mlx_vlm.utils import load_model
 
+        self.clock = clock
         self.mx = mx
         self.model: Any = load_model(Path(folder))
         cast = getattr(mx, dtype)
@@ -158,14 +163,14 @@ class MlxVlm:
         ids = mx.array(given.ids)[None]
         extra: dict[str, Any] = {}
         rows = features = None
-        start = time.perf_counter()
+        start = self.clock()
         with _counted(mx) as held:
             if given.rows is not None and given.grid is not None:
                 rows, grid = mx.array(given.rows), mx.array([given.grid])
                 features = model.vision_tower(rows, grid)
                 mx.eval(features)
                 extra = {"image_grid_thw": grid}
-        seen = time.perf_counter()
+        seen = self.clock()
         cache = make_prompt_cache(model.language_model)
         tower, model.vision_tower = model.vision_tower, _Known(model.vision_tower, features)
         embedded = model.get_input_embeddings(ids, rows, **extra)
@@ -175,14 +180,14 @@ class MlxVlm:
         logits = out.logits[0, -1].astype(mx.float32)
         token = mx.argmax(logits)
         mx.eval(token, logits)
-        first = time.perf_counter()
+        first = self.clock()
         for _ in range(case.new_tokens):
             following = mx.argmax(model.language_model(token.reshape(1, 1), cache=cache).logits[0, -1])
             mx.async_eval(following)
             token.item()
             token = following
         mx.eval(token)
-        end = time.perf_counter()
+        end = self.clock()
         return _timings(start, seen, first, end, case) | held, np.array(logits)
 
 
@@ -199,10 +204,11 @@ class _Known:
 class MlxLm:
     """mlx-lm, which runs the decoders alone."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
         import mlx.core as mx
         from mlx_lm.utils import load_model
 
+        self.clock = clock
         self.mx = mx
         self.model: Any = load_model(Path(folder))[0]
         self.model.set_dtype(getattr(mx, dtype))
@@ -213,22 +219,22 @@ class MlxLm:
         from mlx_lm.models.cache import make_prompt_cache
 
         mx, model = self.mx, self.model
-        start = time.perf_counter()
+        start = self.clock()
         cache = make_prompt_cache(model)
         logits = model(mx.array(given.ids)[None], cache=cache)[0, -1].astype(mx.float32)
         token = mx.argmax(logits)
         mx.eval(token, logits)
-        first = time.perf_counter()
+        first = self.clock()
         for _ in range(case.new_tokens):
             following = mx.argmax(model(token.reshape(1, 1), cache=cache)[0, -1])
             mx.async_eval(following)
             token.item()
             token = following
         mx.eval(token)
-        return _timings(start, start, first, time.perf_counter(), case), np.array(logits)
+        return _timings(start, start, first, self.clock(), case), np.array(logits)
 
 
-PROGRAMS: dict[str, Callable[[str, str], Program]] = {
+PROGRAMS: dict[str, Callable[[str, str, Clock], Program]] = {
     "qwenvl-mlx": Ours,
     "torch": Torch,
     "mlx-vlm": MlxVlm,
@@ -257,11 +263,12 @@ def _timings(start: float, seen: float, first: float, end: float, case: Case) ->
     }
 
 
-def serve(name: str, folder: str, dtype: str) -> None:
+def serve(name: str, folder: str, dtype: str, clock: str) -> None:
     """Load, say so, then answer one case a line until stdin ends."""
-    start = time.perf_counter()
-    program = PROGRAMS[name](folder, dtype)
-    loaded = {"load": time.perf_counter() - start, "device": program.device, "peak": peak_bytes()}
+    tick = CLOCKS[clock]
+    start = tick()
+    program = PROGRAMS[name](folder, dtype, tick)
+    loaded = {"load": tick() - start, "device": program.device, "peak": peak_bytes()}
     print(json.dumps(loaded), flush=True)
     config = json.loads((Path(folder) / "config.json").read_text())
     for line in sys.stdin:
@@ -276,4 +283,4 @@ def serve(name: str, folder: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:4])
+    serve(*sys.argv[1:5])

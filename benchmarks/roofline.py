@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.cases import CASES, inputs
 from benchmarks.device import bandwidth, describe, matmul_rate
 from benchmarks.programs import Ours
 from qwenvl_mlx.config import read_json
+from qwenvl_mlx.engine.kv import kv_cost
 
 
 def _elements(model: Any, prefix: str) -> int:
@@ -27,7 +29,7 @@ def _elements(model: Any, prefix: str) -> int:
 
 def measure(folder: Path, *, dtype: str, rounds: int = 3) -> tuple[dict[str, Any], str]:
     """Report and Markdown table of vision, prefill and decode against the measured limits of this device."""
-    program = Ours(str(folder), dtype)
+    program = Ours(str(folder), dtype, time.perf_counter)
     config = read_json(folder / "config.json")
     rate, bytes_a_second = matmul_rate(getattr(mx, dtype)), bandwidth()
     tower = _elements(program.model, "vision_tower")
@@ -37,6 +39,7 @@ def measure(folder: Path, *, dtype: str, rounds: int = 3) -> tuple[dict[str, Any
         for name, array in tree_flatten(program.model.parameters())
         if name.startswith("language_model")
     )
+    a_token = kv_cost(program.model, None).token
     rows = []
     for case in CASES:
         given = inputs(case, config)
@@ -46,7 +49,8 @@ def measure(folder: Path, *, dtype: str, rounds: int = 3) -> tuple[dict[str, Any
         row = {"case": case.name, **took}
         row["vision of peak"] = 2 * tower * patches / took["vision"] / rate if patches else None
         row["prefill of peak"] = 2 * decoder * len(given.ids) / took["prefill"] / rate
-        row["decode of bandwidth"] = weight_bytes / took["decode"] / bytes_a_second
+        moved = weight_bytes + a_token * (len(given.ids) + case.new_tokens / 2)
+        row["decode of bandwidth"] = moved / took["decode"] / bytes_a_second
         rows.append(row)
     report = {
         "device": describe(),

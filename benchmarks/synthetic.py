@@ -25,7 +25,7 @@ def checkpoint(name: str, folder: Path, *, for_torch: bool) -> Path:
     if for_torch:
         _through_transformers(config, folder)
     else:
-        _through_mlx(config, folder)
+        write_mlx(config, folder)
     return folder
 
 
@@ -42,7 +42,8 @@ def _through_transformers(config: dict[str, Any], folder: Path) -> None:
     )  # as the hub has it, not as transformers rewrites it
 
 
-def _through_mlx(config: dict[str, Any], folder: Path) -> None:
+def write_mlx(config: dict[str, Any], folder: Path) -> None:
+    """Random weights in MLX's layout."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
