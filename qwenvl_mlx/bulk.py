@@ -62,8 +62,8 @@ def read_tasks(source: Path) -> list[Task]:
         lines = [json.dumps({"image": str(path)}, ensure_ascii=False) for path in pictures]
     else:
         try:
-            lines = source.read_text(encoding="utf-8").splitlines()
-        except (FileNotFoundError, UnicodeDecodeError) as error:
+            lines = source.read_text(encoding="utf-8").split("\n")  # JSON may hold the other line separators
+        except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"{source} can't be read ({error}): check --batch") from error
     return [Task(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -76,7 +76,7 @@ def keep_finished(output: Path, tasks: list[Task]) -> set[tuple[int, str]]:
         return set()
     wanted = {task.name for task in tasks}
     kept: dict[tuple[int, str], str] = {}
-    for line in output.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in output.read_text(encoding="utf-8", errors="replace").split("\n"):
         name = _finished(line)
         if name in wanted:
             kept[name] = line + "\n"
@@ -108,9 +108,9 @@ class Bulk:
 
     def run(self, tasks: list[Task]) -> Iterator[Record]:
         """A record for each task, in the order in which they end. Pictures are read while others are answered."""
-        running = 0
+        running, limits = 0, self._engine.options
         for task in tasks:
-            while running >= 2 * self._engine.options.max_batch:
+            while running >= min(2 * limits.max_batch, limits.max_queue):
                 yield self._next()
                 running -= 1
             try:

@@ -59,6 +59,26 @@ def test_every_line_is_answered_and_bad_ones_fail_alone() -> None:
     assert len(records[1]["tokens"]) == 5
 
 
+def test_other_line_separators_are_part_of_the_text(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c\u0085d"}\n', encoding="utf-8")
+    tasks = read_tasks(source)
+    assert [one.read()["prompt"] for one in tasks] == ["a\u2028b", "c\u0085d"]
+    answers = [
+        json.dumps({"line": one.line, "key": one.key, "text": "e\u2028f"}, ensure_ascii=False)
+        for one in tasks
+    ]
+    output.write_text("\n".join(answers) + "\n", encoding="utf-8")
+    assert len(keep_finished(output, tasks)) == 2
+
+
+def test_a_large_batch_fits_the_queue() -> None:
+    tasks = [task(number, prompt=str(number)) for number in range(1, 30)]
+    with Engine(FakeModel(), FakeProcessor(), EngineOptions(max_batch=9, max_queue=4)) as engine:
+        records = list(Bulk(engine, GenerationOptions(max_tokens=3), MediaOptions(), {}).run(tasks))
+    assert not any("error" in record for record in records)
+
+
 def test_options_of_a_line_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     records = run([task(1, max_tokens=2), task(2, prompt="other")], prompt="usual")
     assert len(records[1]["tokens"]) == 2

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from fakes import FakeModel, FakeProcessor, ask, picture
+from fakes import START, FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply
 from qwenvl_mlx.engine.prefix_cache import content_ids
@@ -88,6 +88,16 @@ def test_two_conversations_share_their_beginning(engine: Engine, model: FakeMode
     for name in ("one", "two", "one more"):
         prompt = engine.prompt([*system, *ask(f"question {name}", picture(3))])
         assert_same(engine.generate(prompt, OPTIONS), cold(model, prompt))
+
+
+def test_instructions_are_shared_whatever_the_cache(engine: Engine, model: FakeModel) -> None:
+    turns = [[START, *text.encode()] for text in ("instructions", "first question", "a:")]
+    engine.generate(Prompt([token for turn in turns for token in turn]), OPTIONS)
+    turns[1] = [START, *b"another one"]
+    prompt = Prompt([token for turn in turns for token in turn])
+    warm = engine.generate(prompt, OPTIONS)
+    assert warm.usage.cached_tokens >= len(turns[0])
+    assert_same(warm, cold(model, prompt))
 
 
 def test_features_outlive_their_kv_rows(model: FakeModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from helpers import reference
 
 from qwenvl_mlx.engine.options import GenerationOptions
 from qwenvl_mlx.engine.sampling import Sampler, Warpers
+from qwenvl_mlx.errors import GenerationError
 from qwenvl_mlx.processor.base import GenerationDefaults
 
 SILENT = GenerationDefaults()
@@ -109,3 +112,32 @@ def test_draws_follow_the_distribution() -> None:
 def test_min_p_keeps_what_comes_near_the_best() -> None:
     kept = Warpers(1.0, min_p=0.5)(mx.log(mx.array([0.5, 0.3, 0.2])))
     assert np.isfinite(np.array(kept)).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stop": [1]},
+        {"max_tokens": 1.5},
+        {"max_tokens": True},
+        {"seed": "s"},
+        {"seed": 10**30},
+        {"top_p": float("nan")},
+        {"temperature": "hot"},
+        {"frequency_penalty": float("inf")},
+        {"repetition_penalty": 0},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {1: float("nan")}},
+        {"ignore_eos": "yes"},
+    ],
+)
+def test_what_would_fail_in_the_engine_is_refused_before(wrong: dict[str, Any]) -> None:
+    with pytest.raises(GenerationError, match=next(iter(wrong))):
+        GenerationOptions(**wrong)
+
+
+def test_unusual_options_are_taken() -> None:
+    options = GenerationOptions(seed=-1, logit_bias={"3": 100}, max_tokens=np.int64(4), temperature=1e-30)  # type: ignore[dict-item,arg-type]
+    sampler = Sampler(options, GenerationDefaults(), [], 8)
+    assert int(sampler(mx.zeros((8,)))) == 3
+    assert sampler.greedy

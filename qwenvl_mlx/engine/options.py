@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from numbers import Integral, Real
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_mlx.errors import GenerationError
+
+LARGEST = 1e30
+WHOLE = {
+    "max_tokens": (1, LARGEST),
+    "top_k": (-1, LARGEST),
+    "logprobs": (0, 20),
+    "seed": (-(2.0**63), 2.0**64),
+}
+NUMBERS = {
+    "temperature": (0, LARGEST),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),  # 1 means none
+    "presence_penalty": (-LARGEST, LARGEST),
+    "frequency_penalty": (-LARGEST, LARGEST),
+}
 
 
 class Guide(Protocol):
@@ -47,16 +65,18 @@ class GenerationOptions:
     constraint: Callable[[], Guide] | None = None
 
     def __post_init__(self) -> None:
+        """``GenerationError`` for what no answer could be made with: on the engine's thread it would harm others."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) for text in stop):
+            raise GenerationError("stop must be a text or a list of texts")
         object.__setattr__(self, "stop", stop)
-        _within("max_tokens", self.max_tokens, 1, None)
-        _within("temperature", self.temperature, 0, None)
-        _within("top_p", self.top_p, 0, 1)
-        _within("top_k", self.top_k, -1, None)
-        _within("min_p", self.min_p, 0, 1)
-        _within("logprobs", self.logprobs, 0, 20)
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
-            raise GenerationError("repetition_penalty must be above 0 (1 means none)")
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        for name, (low, high) in WHOLE.items():
+            _within(name, getattr(self, name), low, high, kind=Integral)
+        for name, (low, high) in NUMBERS.items():
+            _within(name, getattr(self, name), low, high, kind=Real)
+        if not isinstance(self.ignore_eos, bool):
+            raise GenerationError("ignore_eos must be true or false")
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,24 @@ class EngineOptions:
     prompt_lookup: bool = True
 
 
-def _within(name: str, value: float | None, low: float, high: float | None) -> None:
-    if value is not None and (value < low or (high is not None and value > high)):
-        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+def _within(name: str, value: Any, low: float, high: float, *, kind: type) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, kind):
+        what = "a whole number" if kind is Integral else "a number"
+        raise GenerationError(f"{name} must be {what}, not {value!r}")
+    number = float(value)  # type: ignore[arg-type]
+    if not low <= number <= high:
+        limits = f"at least {low:g}" if high == LARGEST else f"between {low:g} and {high:g}"
         raise GenerationError(f"{name} must be {limits}, not {value}")
+
+
+def _bias(given: Mapping[Any, Any]) -> dict[int, float]:
+    """``logit_bias`` with numbers for token ids, which JSON has as texts."""
+    try:
+        bias = {int(token): float(value) for token, value in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise GenerationError(f"logit_bias must name a number for each token id ({error})") from error
+    if not all(map(math.isfinite, bias.values())):
+        raise GenerationError("logit_bias must be finite: -100 forbids a token, 100 demands it")
+    return bias

@@ -107,7 +107,10 @@ class Prefill:
                 done, started = 0, time.perf_counter()
 
     def _marks(self, places: list[Places]) -> list[int]:
-        """Where later prompts are likely to part from this one: a state that can't be cut is kept there."""
-        marks = {int(place[-1]) + 1 for place in places if place.size}
+        """Where later prompts are likely to part from this one: a state that can't be cut is kept there.
+
+        After each media item, after the first turn (instructions that many share) and before the answer's.
+        """
         turns = (self.ids == self._turn).nonzero()[0]
-        return sorted(marks | ({int(turns[-1])} if len(turns) else set()) - {0})
+        ends = [int(place[-1]) + 1 for place in places if place.size]
+        return sorted({*ends, *turns[1:2].tolist(), *turns[-1:].tolist()} - {0})

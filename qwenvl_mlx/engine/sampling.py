@@ -18,6 +18,7 @@ from qwenvl_mlx.engine.options import GenerationOptions
 from qwenvl_mlx.processor.base import GenerationDefaults
 
 NEVER = -float("inf")
+COLDEST = 1e-5  # below, dividing by the temperature overflows; the likeliest token is what is meant
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Warpers:
         temperature = _first(options.temperature, defaults.temperature, 0.0)
         top_k = _first(options.top_k, defaults.top_k, 0)
         top_p = _first(options.top_p, defaults.top_p, 1.0)
-        return cls(temperature, max(int(top_k), 0), top_p, options.min_p or 0.0)
+        return cls(
+            temperature if temperature >= COLDEST else 0.0, max(int(top_k), 0), top_p, options.min_p or 0.0
+        )
 
     def __call__(self, logits: mx.array) -> mx.array:
         """``[vocab]`` -> logits of the distribution to draw from, ``-inf`` for what is cut off."""
@@ -72,7 +75,7 @@ class Sampler:
         self._presence = options.presence_penalty or 0.0
         self._frequency = options.frequency_penalty or 0.0
         self._bias = _bias(options, vocab)
-        self._key = mx.random.key(options.seed if options.seed is not None else secrets.randbits(63))
+        self._key = mx.random.key(secrets.randbits(63) if options.seed is None else options.seed % 2**64)
         self._seen = self._counts = None
         if self._repetition != 1:
             self._seen = mx.zeros((vocab,), mx.bool_)
