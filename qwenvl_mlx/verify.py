@@ -147,9 +147,14 @@ def _ours(args: argparse.Namespace, dtype: str, prompt: Prompt | None, follow: i
 
 def _is_original(args: argparse.Namespace) -> bool:
     """Whether ``--against`` is the original Qwen-VL, which PyTorch runs by code that its folder brings."""
+    from qwenvl_mlx import hub
     from qwenvl_mlx.config import read_json
 
-    original = read_json(Path(args.against) / "config.json").get("model_type") == "qwen"
+    folders = (Path(args.against), hub.resolve(args.model))
+    theirs, ours = (read_json(folder / "config.json").get("model_type") for folder in folders)
+    if ours != theirs:
+        raise GenerationError(f"--model is {ours} but --against is {theirs}: give the original of this model")
+    original = theirs == "qwen"
     if original and not args.trust_remote_code:
         raise GenerationError(
             "the original Qwen-VL runs in PyTorch by the code in its folder: read that code, then pass "

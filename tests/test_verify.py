@@ -204,6 +204,12 @@ def test_taps_leave_no_trace() -> None:
     assert all(now is then for now, then in zip([*decoder.layers, decoder.norm], before, strict=True))
 
 
+def test_another_generation_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    model, other = (str(reference(name)) for name in ("qwen2_vl/tiny-hub", "qwen3_vl/tiny"))
+    assert verify.main(["--model", model, "--against", other]) == 1
+    assert "--model is qwen2_vl but --against is qwen3_vl" in capsys.readouterr().err
+
+
 def test_missing_torch_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     folder = str(reference("qwen2_vl/tiny-hub"))
