@@ -181,7 +181,7 @@ class Pump:
 
     def __init__(self, processor: Any, tokens: int) -> None:
         self.processor, self.tokens, self.alive, self.waiting, self.running = processor, tokens, True, 0, 0
-        self.model = type("Model", (), {"vocab_size": 512})()
+        self.model = type("Model", (), {"vocab_size": 512, "context_length": 4096})()
 
     def submit(self, prompt: Any, options: Any, *, listener: Any) -> Any:
         from qwenvl_mlx.engine import FinishEvent, Reply, Request, TextEvent, Timings, Usage
@@ -243,10 +243,16 @@ def main() -> int:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument(
+        "--cache-bytes",
+        default="64M",
+        help="of the prefix cache: it must be full early, to tell it from a leak",
+    )
     args = parser.parse_args()
     port = str(random.randrange(20_000, 40_000))
     command = [sys.executable, "-m", "qwenvl_mlx.server", "--model", args.model, "--port", port]
     command += ["--dtype", "float32", "--log-level", "warning", "--max-queue", str(2 * args.clients)]
+    command += ["--cache-bytes", args.cache_bytes]
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, cwd=root, stderr=log) as server:
         url = f"http://127.0.0.1:{port}"

@@ -65,7 +65,7 @@ def prepare(body: schema.ChatRequest, plan: tools.Plan, served: Served, state: S
     frames = min(state.settings.limits.frames, processor.max_frames or 1)
     sizes = MediaOptions(body.min_pixels, body.max_pixels, body.fps, max_frames=frames, policy=state.policy)
     turns, continued = messages.convert(body.messages, low_pixels=_low_pixels(body, processor))
-    media.check_counts(turns, state.settings)
+    media.check_counts(turns, state.settings, context=served.engine.model.context_length)
     if continued is not None and plan.form == "react":  # it writes such turns itself
         turns, continued = [*turns, {"role": "assistant", "content": continued}], None
     begun = (continued or "") + plan.begun

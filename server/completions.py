@@ -74,7 +74,8 @@ def _each(given: str | list[str] | list[int] | list[list[int]]) -> list[str] | l
 
 def _prompt(given: str | list[int], served: Served, state: State) -> Prompt:
     if isinstance(given, str):
-        media.check_length(len(given), state.settings, param="prompt")
+        context = served.engine.model.context_length
+        media.check_length(len(given), state.settings, context=context, param="prompt")
         if served.engine.processor.tokenizer.id(PICTURE) is not None:  # else it is nothing but text
             media.check_pictures(given.count(PICTURE), state.settings, param="prompt")
         return served.engine.processor.raw(given, options=MediaOptions(policy=state.policy))

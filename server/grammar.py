@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MISSING = "needs the extra 'grammar': pip install 'qwenvl-mlx[grammar]'"
 
+LONGEST = 100_000
+"""Characters of a request's schemas."""
+
 WHITESPACE = r"(\r?\n)?[ \t]{0,32}"
 """Between two parts of JSON: a line break and an indent. Without an end, some models write nothing else."""
 
@@ -78,6 +81,8 @@ class Grammars:
         """A maker of guides, one for each choice. Raises ``ApiError`` for a grammar that is none."""
         from llguidance import LLMatcher
 
+        if len(grammar) > LONGEST:  # compiling takes seconds then
+            raise ApiError(400, f"{param} has schemas of more than {LONGEST} characters", param=param)
         eos = sorted(self.processor.defaults.eos_token_ids)
         if self._tokenizer is None:
             self._tokenizer = _vocabulary(self.processor.tokenizer.to_json(), self._size, eos)

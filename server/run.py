@@ -78,6 +78,7 @@ class Run:
 
     async def _next(self, patience: float | None) -> tuple[int, Outcome] | None:
         if not self._events.empty():
+            await asyncio.sleep(0)  # others come between: this client may have left, too
             return self._events.get_nowait()
         left = self.deadline - self._loop.time()
         if left <= 0:

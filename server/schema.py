@@ -73,12 +73,22 @@ MediaPart = ImagePart | ImageURLPart | VideoPart | VideoURLPart
 Part = Annotated[TextPart | ImagePart | ImageURLPart | VideoPart | VideoURLPart, Field(discriminator="type")]
 
 
+MOST = 10_000
+"""Messages, and parts of a message: checking far more of them would keep everybody waiting."""
+
+
 def _shape(value: Any) -> str:
     return "text" if isinstance(value, str) else "parts"
 
 
-Text = Annotated[Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_shape)]
-Content = Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_shape)]
+Text = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(max_length=MOST), Tag("parts")],
+    Discriminator(_shape),
+]
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Part], Field(max_length=MOST), Tag("parts")],
+    Discriminator(_shape),
+]
 
 
 class Called(Strict):
@@ -240,7 +250,7 @@ class Generation(Strict):
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST)]
     max_completion_tokens: Positive | None = None
     max_length: Positive | None = Field(default=None, description="Prompt and answer together, in tokens.")
     logprobs: bool | None = None

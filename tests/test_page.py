@@ -92,6 +92,17 @@ def test_a_picture_gives_an_answer_with_boxes(page: Any, echo: EchoEngine) -> No
     assert re.search(r"tiny · [\d.]+ tokens/s · \d+ tokens", stats)
 
 
+def test_places_in_json_are_shown_by_name(page: Any) -> None:
+    upload(page, "rgb_97x61.png")
+    places = '[{"bbox_2d": [0, 0, 20, 20], "label": "a dog"}, {"bbox_2d": [30, 0, 50, 20], "label": "a <b>cat</b>"}]'
+    send(page, f"say:Two: ```json\n{places}\n```")
+    body = finished(page).query_selector(".body")
+    assert body.inner_text() == "Two: a dog · a <b>cat</b>"
+    assert len(body.query_selector_all("mark.ref")) == 2
+    send(page, 'say:[{"bbox_2d": [0, 0, 2')  # unfinished: as it stands
+    assert finished(page).query_selector(".body").inner_text() == '[{"bbox_2d": [0, 0, 2'
+
+
 def test_stop_keeps_what_was_said(page: Any, echo: EchoEngine) -> None:
     send(page, "say:" + "word " * 700)
     page.wait_for_selector(".turn.assistant .body")

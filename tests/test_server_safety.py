@@ -31,18 +31,22 @@ from serving import (
 
 from qwenvl_mlx.server import protocol
 from qwenvl_mlx.server.guard import host_name, is_loopback
+from qwenvl_mlx.server.media import CHARACTERS_OF_A_TOKEN
 from qwenvl_mlx.server.settings import Settings
 
+PACKED = zlib.compress(bytes(100_000_000), 9)
 
-def png(width: int, height: int) -> bytes:
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, more: bytes = b"") -> bytes:
     """A small file that announces a large picture."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     row = zlib.compress(b"\0" * 100_000, 9)
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + more + chunk(b"IDAT", row) + chunk(b"IEND", b"")
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------------
@@ -156,6 +160,48 @@ def test_a_million_tokens(strict_url: str) -> None:
     refused(strict_url, {"model": "m", "prompt": [1] * 1_000_000}, "/v1/completions")
 
 
+def test_texts_that_no_context_holds_are_not_even_cut_into_tokens(strict_url: str, echo: EchoEngine) -> None:
+    text = " " * (echo.model.context_length * CHARACTERS_OF_A_TOKEN + 1)
+    assert "characters" in refused(strict_url, asking({"type": "text", "text": text}))
+    assert "characters" in refused(strict_url, {"model": "m", "prompt": text}, "/v1/completions")
+
+
+def test_too_many_messages_and_parts(strict_url: str) -> None:
+    message = {"role": "user", "content": "x"}
+    assert "at most 10000" in refused(strict_url, {"model": "m", "messages": [message] * 10_001})
+    assert "at most 10000" in refused(strict_url, asking(*[{"type": "text", "text": "x"}] * 10_001))
+
+
+def test_a_schema_that_is_too_large(strict_url: str) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra 'grammar'")
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"enum": [f"{i:020}" for i in range(9000)]}}}
+    assert "characters" in refused(strict_url, asking({"type": "text", "text": "x"}, response_format=wanted))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000,
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"\x00\xff / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n{}",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"GET /health HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n",
+    ],
+    ids=["huge header", "no host", "no HTTP", "length below 0", "two lengths", "host in no alphabet"],
+)
+def test_heads_that_are_none(strict_url: str, head: bytes) -> None:
+    host, port = strict_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head)
+        assert connection.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.1 403")
+
+
+def test_packed_bodies_are_not_unpacked(strict_url: str) -> None:
+    packed = zlib.compress(b" " * 50_000_000, 9)
+    assert "JSON" in refused(strict_url, packed, **{"Content-Encoding": "deflate"})
+
+
 def test_token_ids_outside_the_vocabulary(strict_url: str) -> None:
     assert "token" in refused(strict_url, {"model": "m", "prompt": [1, 2, 2**31 - 1]}, "/v1/completions")
     refused(strict_url, {"model": "m", "prompt": [-1]}, "/v1/completions")
@@ -190,10 +236,24 @@ def test_too_many_pictures_frames_and_choices(strict_url: str) -> None:
         b"",
         b"GIF89a" + b"\xff" * 50,
         b"\xff\xd8\xff\xe0" + b"\0" * 100,
+        png(64, 64, chunk(b"zTXt", b"a\0\0" + PACKED)),
+        png(64, 64, chunk(b"iCCP", b"a\0\0" + PACKED)),
+        (DATA / "images" / "clip_96x64_16fps.mp4").read_bytes(),
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     ],
-    ids=["bomb", "larger bomb", "empty", "broken gif", "broken jpeg", "svg", "postscript"],
+    ids=[
+        "bomb",
+        "larger bomb",
+        "empty",
+        "broken gif",
+        "broken jpeg",
+        "packed text",
+        "packed profile",
+        "a video",
+        "svg",
+        "postscript",
+    ],
 )
 def test_pictures_that_are_none_or_bombs(strict_url: str, data: bytes) -> None:
     started = time.monotonic()
