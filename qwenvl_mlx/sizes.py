@@ -126,7 +126,7 @@ def _nested(
     tie = text["tie_word_embeddings"]
     return {
         "model_type": kind,
-        "text_config": text,
+        "text_config": {"model_type": f"{kind}_text", **text},
         "tie_word_embeddings": tie,
         **ids,
         "vision_config": vision_config,

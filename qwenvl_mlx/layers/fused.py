@@ -1,10 +1,12 @@
 """Attention: MLX's fused kernel on a GPU; on a CPU, where MLX has none, piece by piece.
 
-A piece's scores stay in the processor's cache, and those of a large picture never fill the memory.
+A piece's scores stay in the processor's cache, and those of a large picture never fill the memory. Feed-forward layers
+of many patches gain in the same way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,8 +16,10 @@ from qwenvl_mlx.layers.mlx_lm import leaf
 
 mlx_lm = leaf("models.base")
 
-PIECE = 1 << 18  # scores of one piece: 1 MB
+PIECE = 1 << 17  # scores of one piece: half a megabyte
 NEVER = -1e9  # a score that gives no weight
+
+ROWS = 256  # of a feed-forward layer at once
 
 Mask = mx.array | str | None
 
@@ -43,6 +47,17 @@ def attend_cached(
     if hasattr(cache, "bits"):
         return mlx_lm.scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)  # type: ignore[no-any-return]
     return attend(q, k, v, scale=scale, mask=mask)
+
+
+def by_rows(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """``function(x)``; on a CPU a few rows ``[n, …]`` at a time, one after the other."""
+    if mx.default_device() == mx.gpu or len(x) <= ROWS:
+        return function(x)
+    parts: list[mx.array] = []
+    for at in range(0, len(x), ROWS):
+        rows = x[at : at + ROWS]
+        parts.append(function(mx.depends([rows], parts[-1:])[0] if parts else rows))
+    return mx.concatenate(parts)
 
 
 def _per_group(mask: Mask, groups: int) -> Mask:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.layers.exponential import exp_pays, sigmoid
-from qwenvl_mlx.layers.fused import attend
+from qwenvl_mlx.layers.fused import attend, by_rows
 from qwenvl_mlx.layers.grid import Segments
 from qwenvl_mlx.layers.rotary import Angles
 from qwenvl_mlx.layers.stages import Stages, finish
@@ -123,8 +123,7 @@ class VisionBlock(nn.Module):
 
     def __call__(self, x: mx.array, angles: Angles, segments: Segments) -> mx.array:
         x = x + self.attn(self.norm1(x), angles, segments)
-        update: mx.array = self.mlp(self.norm2(x))
-        return x + update
+        return x + by_rows(self.mlp, self.norm2(x))
 
 
 class StagedTower(nn.Module):

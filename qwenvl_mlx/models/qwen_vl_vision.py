@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from qwenvl_mlx.config import from_dict
 from qwenvl_mlx.errors import ConfigError
-from qwenvl_mlx.layers.fused import attend
+from qwenvl_mlx.layers.fused import attend, by_rows
 from qwenvl_mlx.layers.linear import pad_heads
 from qwenvl_mlx.layers.positions import resample_table
 from qwenvl_mlx.layers.stages import Stages, finish
@@ -129,7 +129,7 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        return x + by_rows(self.mlp, self.ln_2(x))
 
 
 class Transformer(nn.Module):
