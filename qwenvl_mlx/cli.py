@@ -220,7 +220,21 @@ def machines() -> Group | None:
     return group
 
 
+class _Once:
+    """A logging filter that lets each message pass once."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self._told
+        self._told.add(message)
+        return new
+
+
 def set_up_logging(args: argparse.Namespace) -> None:
-    """Warnings on stderr, or everything with ``--verbose``."""
+    """Warnings on stderr, or everything with ``--verbose``; what holds of many modules of a checkpoint is told once."""
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("qwenvl_mlx.checkpoint").addFilter(_Once())

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from qwenvl_mlx.errors import HubError
 from qwenvl_mlx.models import GENERATIONS
+
+log = logging.getLogger(__name__)
 
 DEMO = "demo"
 MODELSCOPE = "modelscope:"
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "merges.txt", "README.md", "LICENSE*", "NOTICE*"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")  # the first kind that a repository has is enough
+CONFIG = "config.json"
 NOT_NEEDED = ["*/*", "training_args.bin", "optimizer.bin", "scheduler.bin"]
 
 
@@ -77,14 +83,11 @@ def _demo() -> Path:
 def _hugging_face(repo: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
+    def fetch(wanted: list[str]) -> str:
+        return snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_NEEDED)
+
     try:
-        for kind in WEIGHT_FILES if weights else ("config.json",):
-            wanted = [*SMALL_FILES, kind]
-            folder = Path(
-                snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_NEEDED)
-            )
-            if any(folder.glob(kind)):
-                return folder
+        folder = _fetched(fetch, weights=weights)
     except errors.HFValidationError as error:
         raise HubError(f"{repo} is no valid name ({error})") from error
     except errors.GatedRepoError as error:
@@ -100,7 +103,22 @@ def _hugging_face(repo: str, revision: str | None, *, weights: bool) -> Path:
         ) from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, whichever the client uses
         raise HubError(_network_message(repo, error)) from error
-    raise HubError(f"{repo} has no {' or '.join(WEIGHT_FILES) if weights else 'config.json'}: is it a model?")
+    return _complete(folder, repo, weights=weights)
+
+
+def _fetched(fetch: Callable[[list[str]], str], *, weights: bool) -> Path | None:
+    """The folder that ``fetch(patterns)`` fills, asked for one kind of files after the other until there are any."""
+    for kind in WEIGHT_FILES if weights else (CONFIG,):
+        folder = Path(fetch([*SMALL_FILES, kind]))
+        if any(folder.glob(kind)):
+            return folder
+    return None
+
+
+def _complete(folder: Path | None, repo: str, *, weights: bool) -> Path:
+    if folder is None:
+        raise HubError(f"{repo} has no {' or '.join(WEIGHT_FILES) if weights else CONFIG}: is it a model?")
+    return folder
 
 
 def _network_message(repo: str, error: Exception) -> str:
@@ -124,27 +142,41 @@ def _modelscope(repo: str, revision: str | None, *, weights: bool) -> Path:
     repo, _, wanted_revision = repo.partition("@")
     try:
         from modelscope import snapshot_download
+        from modelscope.hub import errors
     except ImportError as error:
         raise HubError(
             "names with modelscope: need its client: pip install 'qwenvl-mlx[modelscope]'"
         ) from error
+    # Its errors have no common base in all versions.
+    own = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    failures = (OSError, ValueError, *own)
+    options = {"revision": revision or wanted_revision or None, "ignore_patterns": NOT_NEEDED}
+
+    def fetch(wanted: list[str], **more: bool) -> str:
+        return str(snapshot_download(repo, allow_patterns=wanted, **options, **more))
+
     try:
-        for kind in WEIGHT_FILES if weights else ("config.json",):
-            folder = Path(
-                snapshot_download(
-                    repo,
-                    revision=revision or wanted_revision or None,
-                    allow_patterns=[*SMALL_FILES, kind],
-                    ignore_patterns=NOT_NEEDED,
-                )
-            )
-            if any(folder.glob(kind)):
-                return folder
-    except (OSError, ValueError) as error:
-        raise HubError(
-            f"{repo} could not be fetched from ModelScope ({error}): check its name and try again"
-        ) from error
-    raise HubError(f"{repo} on ModelScope has no {' or '.join(WEIGHT_FILES) if weights else 'config.json'}")
+        folder = _fetched(fetch, weights=weights)
+    except failures as error:
+        folder = _cached(fetch, failures, weights=weights)
+        reason = _first_line(error)
+        if folder is None:
+            raise HubError(
+                f"{repo} could not be fetched from ModelScope ({reason}), and is not in its cache: check the name and "
+                "the network, then try again"
+            ) from error
+        log.warning("%s is used as it was fetched before: ModelScope can't be asked (%s)", repo, reason)
+    return _complete(folder, f"{repo} on ModelScope", weights=weights)
+
+
+def _cached(
+    fetch: Callable[..., str], failures: tuple[type[Exception], ...], *, weights: bool
+) -> Path | None:
+    """What ModelScope's client has on this machine; Hugging Face's falls back to that by itself."""
+    try:
+        return _fetched(partial(fetch, local_files_only=True), weights=weights)
+    except failures:
+        return None
 
 
 def _model_type(config: Path) -> str | None:

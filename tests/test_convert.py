@@ -480,15 +480,22 @@ def test_kill_at_random_moments_then_run_again(tmp_path: Path) -> None:
     quiet, target = tmp_path / "quiet", tmp_path / "m"
     assert command(*arguments, "--mlx-path", quiet).returncode == 0
     line = [sys.executable, "-m", "qwenvl_mlx.convert", *map(str, arguments), "--mlx-path", str(target)]
-    moments, interrupted = random.Random(0), 0
-    for _ in range(10):
+    lock = tmp_path / ".m.partial.lock"
+    duration, moments, interrupted = 0.0, random.Random(0), 0
+    for attempt in range(11):  # the first runs to its end, to see how long that takes
         with subprocess.Popen(
             line, cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
-            while not (tmp_path / ".m.partial.lock").exists():
+            while not lock.exists():
                 time.sleep(0.001)
-            time.sleep(moments.uniform(0, 0.05))
-            process.kill()
+            begin = time.monotonic()
+            if attempt:
+                time.sleep(moments.uniform(0, duration))
+                process.kill()
+            else:
+                while lock.exists():
+                    time.sleep(0.001)
+                duration = time.monotonic() - begin
         if target.exists():
             assert digests(target) == digests(quiet)
             shutil.rmtree(target)

@@ -235,19 +235,60 @@ def test_what_is_no_name_is_refused_without_asking_anybody(name: str) -> None:
         resolve(name)
 
 
-def test_modelscope_names_go_to_its_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "modelscope.py").write_text(
-        "from pathlib import Path\n"
-        "def snapshot_download(repo, revision, allow_patterns, ignore_patterns):\n"
-        "    assert (repo, revision) == ('qwen/Qwen-VL', 'v1')\n"
-        "    folder = Path(__file__).parent / 'snapshot'\n"
-        "    folder.mkdir(exist_ok=True)\n"
-        "    if '*.bin' in allow_patterns:\n"
-        "        (folder / 'pytorch_model.bin').touch()\n"
-        "    return str(folder)\n"
-    )
+MODELSCOPE = """
+from pathlib import Path
+from modelscope.hub.errors import NotExistError
+
+def snapshot_download(repo, revision, allow_patterns, ignore_patterns, local_files_only=False):
+    here = Path(__file__).parent
+    if not local_files_only and (here / "away").exists():
+        raise ConnectionError("no route to modelscope")
+    folder = here / repo / (revision or "master")
+    if repo != "qwen/Qwen-VL" or (local_files_only and not folder.exists()):
+        raise NotExistError("no such model\\nwith much detail")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").touch()
+    if "*.bin" in allow_patterns:
+        (folder / "pytorch_model.bin").touch()
+    return str(folder)
+"""
+
+
+@pytest.fixture
+def modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a stand-in for its client, whose errors have as little in common as the true one's."""
+    package = tmp_path / "modelscope"
+    (package / "hub").mkdir(parents=True)
+    (package / "__init__.py").write_text(MODELSCOPE)
+    (package / "hub" / "__init__.py").touch()
+    (package / "hub" / "errors.py").write_text("class NotExistError(Exception):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert resolve("modelscope:qwen/Qwen-VL@v1") == tmp_path / "snapshot"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "modelscope"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield package
+    for name in [name for name in sys.modules if name.partition(".")[0] == "modelscope"]:
+        del sys.modules[name]
+
+
+def test_modelscope_names_go_to_its_own_client(modelscope: Path) -> None:
+    assert resolve("modelscope:qwen/Qwen-VL@v1") == modelscope / "qwen" / "Qwen-VL" / "v1"
+    assert resolve("modelscope:qwen/Qwen-VL", weights=False) == modelscope / "qwen" / "Qwen-VL" / "master"
+
+
+def test_what_modelscope_refuses_is_told_in_one_line(modelscope: Path) -> None:
+    with pytest.raises(
+        HubError, match=r"qwen/absent .*\(no such model\), and is not in its cache: check"
+    ) as raised:
+        resolve("modelscope:qwen/absent")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_modelscope_has_given_before_needs_no_network(modelscope: Path) -> None:
+    folder = resolve("modelscope:qwen/Qwen-VL")
+    (modelscope / "away").touch()
+    assert resolve("modelscope:qwen/Qwen-VL") == folder
+    with pytest.raises(HubError, match="no route to modelscope"):
+        resolve("modelscope:qwen/Qwen-VL@v2")
 
 
 def test_without_its_client_modelscope_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

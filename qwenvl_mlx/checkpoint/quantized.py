@@ -17,12 +17,18 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from qwenvl_mlx.checkpoint.files import some
 from qwenvl_mlx.errors import CheckpointError, ConfigError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qwenvl_mlx.checkpoint")
 
 Weights = dict[str, mx.array]
 GROUP_SIZES = (128, 64, 32)  # that MLX's affine kernels take
+# One text for all modules: commands show it once, however many batches a file is read in.
+FORMLESS = (
+    "the checkpoint has groups of weights that MLX has no form for (of reordered inputs, as desc_act makes them, or "
+    "of an odd size): they are dequantised to floating point; quantise anew with -q to make them small"
+)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column AWQ_ORDER[i]
 
 
@@ -75,14 +81,21 @@ def _awq(settings: Mapping[str, Any]) -> _Layout:
 
 def _unpack_modules(weights: Weights, layout: _Layout, dtype: mx.Dtype | None) -> Weights:
     result = {}
+    formless = []
     for name, array in weights.items():
         module, _, suffix = name.rpartition(".")
         if f"{module}.qweight" not in weights:
             result[name] = array
         elif suffix == "qweight":
-            result.update(_unpack_module(module, weights, layout, dtype))
+            parts = _unpack_module(module, weights, layout, dtype)
+            result.update(parts)
+            if f"{module}.scales" not in parts:
+                formless.append(module)
         elif suffix not in ("qzeros", "scales", "g_idx"):
             result[name] = array
+    if formless:
+        log.warning(FORMLESS)
+        log.info("dequantised: %s", some(formless))
     return result
 
 
@@ -103,9 +116,6 @@ def _unpack_module(module: str, weights: Weights, layout: _Layout, dtype: mx.Dty
     kernel = next((size for size in GROUP_SIZES if group % size == 0), None)
     if plain and kernel:
         return _affine(module, words, scales, zero, group // kernel)
-    log.warning(
-        "%s: groups that MLX has no form for (%s): dequantised", module, "reordered" if kernel else group
-    )
     rows = mx.arange(inputs) // group if order is None else order
     return {f"{module}.weight": _dequantise(module, words, scales, zero, rows, layout.bits, dtype)}
 
