@@ -90,14 +90,14 @@ def mutated_json(value: Any, choose: random.Random) -> Any:
 
 def survives(attempt: Callable[[], object], seed: str) -> bool:
     """Whether it was read; False where it was refused. Anything else fails the test."""
-    begin = time.monotonic()
+    begin = time.process_time()  # other programs on the machine do not count
     message = None
     try:
         attempt()
     except QwenVLError as error:
         message = str(error)
     assert message is None or (message and "\n" not in message), seed
-    assert time.monotonic() - begin < SECONDS, seed
+    assert time.process_time() - begin < SECONDS, seed
     return message is None
 
 
