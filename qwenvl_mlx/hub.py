@@ -148,8 +148,8 @@ def _modelscope(repo: str, revision: str | None, *, weights: bool) -> Path:
             "names with modelscope: need its client: pip install 'qwenvl-mlx[modelscope]'"
         ) from error
     # Its errors have no common base in all versions.
-    own = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    failures = (OSError, ValueError, *own)
+    own = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, *own)
     options = {"revision": revision or wanted_revision or None, "ignore_patterns": NOT_NEEDED}
 
     def fetch(wanted: list[str], **more: bool) -> str:

@@ -84,6 +84,11 @@ class Body(nn.Module):
         self.layers = list(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings in the model's type: a table in one of MLX's floating point modes gives bfloat16."""
+        hidden: mx.array = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
+        return hidden
+
 
 class Decoder(nn.Module):
     """``language_model``. ``tied``: the output layer is the token embedding."""

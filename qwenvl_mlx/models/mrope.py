@@ -85,7 +85,7 @@ class MRopeModel(VisionLanguageModel):
     ) -> Embedded:
         positions, delta = self.placeholders.positions(input_ids, media)
         places = self.placeholders.find(input_ids, media)
-        hidden = self.language_model.model.embed_tokens(self.token_array(input_ids))
+        hidden = self.language_model.model.embed(self.token_array(input_ids))
         known = [(place, found) for place, found in zip(places, features, strict=True) if found is not None]
         if places:
             everywhere = np.concatenate(places)
@@ -126,7 +126,7 @@ class MRopeModel(VisionLanguageModel):
         )
 
     def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
-        hidden = self.language_model.model.embed_tokens(tokens)
+        hidden = self.language_model.model.embed(tokens)
         positions = cache.next_position.reshape(-1, 1) + mx.arange(tokens.shape[1])  # [B, L]
         return self.language_model(hidden, self.rope.text(positions), cache)
 

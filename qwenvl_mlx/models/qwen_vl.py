@@ -166,6 +166,11 @@ class Decoder(nn.Module):
         self.h = [Block(config) for _ in range(config.num_hidden_layers)]
         self.ln_f = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings in the model's type: a table in one of MLX's floating point modes gives bfloat16."""
+        hidden: mx.array = self.wte(tokens).astype(self.ln_f.weight.dtype)
+        return hidden
+
     def __call__(self, x: mx.array, positions: Positions, layers: Sequence[Any]) -> mx.array:
         mask = attention.create_attention_mask(x, layers[0])
         for block, layer in zip(self.h, layers, strict=True):
@@ -258,7 +263,7 @@ class Model(VisionLanguageModel):
     ) -> Embedded:
         """A picture stands in ``<img>``, ``n_queries`` slots, ``</img>``: whatever the slots hold is overwritten."""
         places, length = self._places(input_ids, len(features)), len(input_ids)
-        hidden = self.language_model.model.wte(self.token_array(input_ids))  # [L, hidden]
+        hidden = self.language_model.model.embed(self.token_array(input_ids))  # [L, hidden]
         if places:
             empty = mx.zeros((self.vision.n_queries, hidden.shape[1]), hidden.dtype)
             rows = [empty if item is None else item.embeddings.astype(hidden.dtype) for item in features]
@@ -287,7 +292,7 @@ class Model(VisionLanguageModel):
         return tuple(self.rope_key(length - width) for width in padding.tolist())
 
     def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
-        hidden = self.language_model.model.wte(tokens)
+        hidden = self.language_model.model.embed(tokens)
         return self._logits(hidden, cache.offset, cache.ntk_alpha, cache, last_only=False)
 
     def _logits(
