@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 STALL = 0.25  # seconds that running answers may wait for a slice, where a smaller one is possible
-LEAST_TOKENS = 32  # fewer make a prompt much slower to read, and hardly a slice shorter
+LEAST_TOKENS = 64  # fewer make a prompt much slower to read, and hardly a slice shorter
+REMAINDER = 1.5  # slices: what is left of a prompt is not cut into a whole one and a scrap
 # Patches times blocks of the vision tower: 512 tokens of a 7B decoder cost as much.
 LEAST_PATCHES, MOST_PATCHES = 1024, 16384
 
@@ -31,13 +32,14 @@ class Paces:
     """Of the two kinds of reading. ``hurried``: tells whether answers are running; ``chunk``: most tokens at once."""
 
     def __init__(self, hurried: Callable[[], bool], chunk: int) -> None:
-        self._hurried = hurried
+        self._hurried, self._chunk = hurried, chunk
         self.tokens = Pace(LEAST_TOKENS, chunk)
         self.patches = Pace(LEAST_PATCHES, MOST_PATCHES)
 
-    def next_tokens(self) -> int:
-        """Tokens of the next slice of a prompt."""
-        return self.tokens.slice(hurried=self._hurried())
+    def next_tokens(self, left: int) -> int:
+        """Tokens of the next slice of a prompt that has ``left`` to be read."""
+        size = self.tokens.slice(hurried=self._hurried())
+        return left if left <= min(REMAINDER * size, self._chunk) else size
 
     def next_blocks(self, patches: int) -> int:
         """Blocks of the vision tower in the next slice of a picture with so many patches."""

@@ -67,7 +67,7 @@ class Prefill:
         while begin < length:
             started = time.perf_counter()
             edge = next((mark for mark in marks if mark > begin), length)
-            end = min(begin + self._paces.next_tokens(), edge)
+            end = min(begin + self._paces.next_tokens(edge - begin), edge)
             logits = self._model(embedded.slice(begin, end), self.cache, last_only=True)
             mx.eval(self.cache.arrays, *([logits] if end == length else []))
             self._paces.tokens.learn(end - begin, time.perf_counter() - started)
