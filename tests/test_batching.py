@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from fakes import FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply, Request, TextEvent
 from qwenvl_mlx.errors import MediaError
+from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Prompt
 
 NO_SPECIALS = dict.fromkeys((256, 257, 258), -100.0)
@@ -88,6 +91,31 @@ def test_they_are_decoded_together(model: FakeModel, monkeypatch: pytest.MonkeyP
             request.result()
     assert max(rows) == 4
     assert len(rows) < 100  # one by one it would be 160
+
+
+def test_no_graph_grows_with_the_answers(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts that nobody computes would be sums of as many terms as tokens were made: memory that never returns."""
+    sizes: list[int] = []
+    plain = FakeModel.decode
+
+    def measuring(self: FakeModel, tokens: mx.array, cache: Cache) -> mx.array:
+        sizes.append(max(graph_size(array) for array in [cache.rope_delta, *cache.arrays]))
+        return plain(self, tokens, cache)
+
+    monkeypatch.setattr(FakeModel, "decode", measuring)
+    options = GenerationOptions(max_tokens=60, ignore_eos=True)
+    with engine_for(model) as engine:
+        requests = [engine.submit(f"question {number}", options) for number in range(3)]
+        for request in requests:
+            request.result()
+    assert max(sizes[40:50]) <= max(sizes[20:30])
+
+
+def graph_size(array: mx.array) -> int:
+    """Edges of what is still to be computed."""
+    drawing = io.StringIO()
+    mx.export_to_dot(drawing, array)
+    return drawing.getvalue().count("->")
 
 
 def test_running_answers_go_on_while_a_long_prompt_is_read(model: FakeModel) -> None:

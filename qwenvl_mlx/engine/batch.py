@@ -129,6 +129,7 @@ class Batch:
     def _launch(self, tokens: mx.array) -> mx.array:
         assert self._cache is not None
         logits = self._model.decode(tokens[:, None], self._cache)[:, -1]  # [rows, vocab]
+        self._cache.share_offset()
         chosen = self._choose(self.rows, logits)
         for row in self.rows:
             row.fed += 1

@@ -79,6 +79,17 @@ class Cache(list[Any]):
         for layer in self:
             layer.trim(count)
 
+    def share_offset(self) -> None:
+        """Let all layers of a batch hold the first one's count of tokens.
+
+        Each counts for itself, but only the first count is ever computed: the others would be sums that grow by one
+        term with every token.
+        """
+        offset = self.offset
+        for layer in self:
+            if hasattr(layer, "offset"):
+                layer.offset = offset
+
     @classmethod
     def merge(cls, caches: Sequence[Cache]) -> Cache:
         """Join single sequences into a left-padded batch."""
