@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _work(args: argparse.Namespace) -> None:
     options = cli.generation_options(args)
+    cli.refuse_machines()
     cli.use_device(args.device)
     from qwenvl_mlx.api import load
     from qwenvl_mlx.engine import Engine

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwenvl_mlx.layers.shard import Group
     from qwenvl_mlx.processor.base import MediaOptions
 
+RANK = "MLX_RANK"  # set by mlx.launch
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CURES = {
@@ -209,7 +210,7 @@ def use_device(name: str | None) -> None:
 
 def machines() -> Group | None:
     """The group that ``mlx.launch`` has started this process in; all but its first member fall silent."""
-    if "MLX_RANK" not in os.environ:
+    if RANK not in os.environ:
         return None
     import mlx.core as mx
 
@@ -218,6 +219,14 @@ def machines() -> Group | None:
         silence = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
         sys.stdout = sys.stderr = silence
     return group
+
+
+def refuse_machines() -> None:
+    """``GenerationError`` under ``mlx.launch``: each machine would do the whole work by itself."""
+    if RANK in os.environ:
+        raise GenerationError(
+            "several machines share one answer of generate only: start this without mlx.launch"
+        )
 
 
 class _Once:

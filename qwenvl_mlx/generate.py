@@ -128,6 +128,7 @@ def _work_through(args: argparse.Namespace) -> int:
     tasks, options = read_tasks(args.batch), cli.generation_options(args)
     finished = keep_finished(args.output, tasks)
     waiting = [task for task in tasks if task.name not in finished]
+    cli.refuse_machines()
     cli.use_device(args.device)
     from qwenvl_mlx.api import load
     from qwenvl_mlx.engine import Engine

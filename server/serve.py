@@ -34,6 +34,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> None:
     logging.basicConfig(level=level.upper(), format="%(levelname)s: %(message)s")
     if settings.api_key is None and not is_loopback(settings.host):
         log.warning("anybody who reaches %s can use this server: consider --api-key", settings.host)
+    cli.refuse_machines()
     cli.use_device(args.device)
     sockets = bind(settings.host, settings.port)
     shelf = make_shelf(args)

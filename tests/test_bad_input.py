@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from helpers import heed_interrupts, reference
 
-from qwenvl_mlx import cli
+from qwenvl_mlx import chat, cli
 from qwenvl_mlx.errors import QwenVLError
 from qwenvl_mlx.generate import main
+from qwenvl_mlx.server import __main__ as server
 
 RAW = "<|vision_start|><|image_pad|><|vision_end|>what is this?"
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,3 +210,15 @@ def test_a_message_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert cli.run(fail) == 1
     assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_commands_that_machines_cannot_share_say_so(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLX_RANK", "0")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}')
+    batch = ["--batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert "without mlx.launch" in fails(capsys, "--model", model, *batch)
+    assert chat.main(["--model", model]) == 1
+    assert server.main(["--model", model]) == 1
+    assert capsys.readouterr().err.count("without mlx.launch") == 2
