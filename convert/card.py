@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 CARRIED = ("license", "license_name", "license_link", "language")
 
 
-def card(name: str, source: Path, options: ConvertOptions, quality: Quality) -> str:
-    """``README.md`` for the result; ``name``: what the source is called, ``source``: its folder."""
+def card(name: str, source: Path, result: str, options: ConvertOptions, quality: Quality) -> str:
+    """``README.md``; ``name``: what the source is called, ``source``: its folder, ``result``: what this one will be."""
     title = name.rpartition("/")[2].partition("@")[0]
     return "\n".join(
         (
@@ -29,7 +29,7 @@ def card(name: str, source: Path, options: ConvertOptions, quality: Quality) -> 
             f"Converted from {_link(name)} with `python -m qwenvl_mlx.convert`: {_form(options)}.\n",
             "```bash",
             "pip install qwenvl-mlx",
-            "python -m qwenvl_mlx.generate --model THIS_FOLDER --image photo.jpg --prompt 'What is this?'",
+            f"python -m qwenvl_mlx.generate --model {result} --image photo.jpg --prompt 'What is this?'",
             "```\n",
             _table(quality),
         )

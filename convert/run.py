@@ -83,7 +83,7 @@ def convert(
     with finished_folder(target) as folder:
         if q_calibrate:
             plan = _calibrated(plan, source, None if q_calibrate is True else Path(q_calibrate))
-        quality = write_folder(plan, source, folder, name=name)
+        quality = write_folder(plan, source, folder, name=name, result=upload_repo or target.name)
     if upload_repo:
         hub.upload(target, upload_repo)
     return Result(target, quality)
@@ -94,8 +94,8 @@ def _calibrated(plan: Plan, source: Path, file: Path | None) -> Plan:
     return dataclasses.replace(plan, calibrated=calibrate(plan, source, prompts))
 
 
-def write_folder(plan: Plan, source: Path, folder: Path, *, name: str) -> Quality:
-    """Write everything that an MLX folder has; ``name``: what the source is called in what is told about it."""
+def write_folder(plan: Plan, source: Path, folder: Path, *, name: str, result: str) -> Quality:
+    """Write everything that an MLX folder has; ``name`` and ``result``: what source and result are called."""
     total = sum(outline.nbytes for outline in plan.outlines.values())
     check_space(folder, total)
     stream = Stream(plan)
@@ -116,7 +116,7 @@ def write_folder(plan: Plan, source: Path, folder: Path, *, name: str) -> Qualit
     write_json(folder / "qwenvl_mlx.json", provenance)
     quality = measure(plan, source, folder, stream.errors)
     write_json(folder / "quality.json", quality.as_dict(plan))
-    write_text(folder / "README.md", card(name, source, plan.options, quality))
+    write_text(folder / "README.md", card(name, source, result, plan.options, quality))
     return quality
 
 

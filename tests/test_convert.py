@@ -302,6 +302,7 @@ def test_uploading_hands_over_the_finished_folder(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m", upload_repo="me/mine")
+    assert "--model me/mine " in (tmp_path / "m" / "README.md").read_text()
     assert calls == ["me/mine", ("me/mine", True)]
 
 
