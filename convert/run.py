@@ -83,7 +83,7 @@ def convert(
     with finished_folder(target) as folder:
         if q_calibrate:
             plan = _calibrated(plan, source, None if q_calibrate is True else Path(q_calibrate))
-        quality = write_folder(plan, source, folder, name=name, result=upload_repo or target.name)
+        quality = write_folder(plan, source, folder, name=name, result=upload_repo or "THIS_FOLDER")
     if upload_repo:
         hub.upload(target, upload_repo)
     return Result(target, quality)
