@@ -96,6 +96,9 @@ class Recorder:
         self.made.append(made)
         return made
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
 
 def record(module: nn.Module, *names: str) -> dict[str, Recorder]:
     """Put recorders in place of the named children."""

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from qwenvl_mlx.layers import vision
 from qwenvl_mlx.layers.grid import Segments, Windows, bilinear_taps, patch_angles, places
 from qwenvl_mlx.layers.vision import VisionAttention
 
@@ -44,13 +45,13 @@ def test_windows_equal_the_loop_over_windows(grid: tuple[int, int, int], side: i
 def test_windows_of_a_large_picture_are_one_attention_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """1036 x 1036: one hundred windows of four different sizes."""
     calls = []
-    fused = mx.fast.scaled_dot_product_attention
+    attend = vision.attend
 
     def watched(*args: mx.array, **options: object) -> mx.array:
         calls.append(args[0].shape)
-        return fused(*args, **options)  # type: ignore[arg-type]
+        return attend(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(vision, "attend", watched)
     grid = (1, 74, 74)
     windows = Windows.of(grid, 2, 4)
     slots = windows.segments.slots(patch_angles(grid, 2, 16).take(windows.order))

@@ -10,9 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers import reference
 from mlx.utils import tree_flatten, tree_unflatten
 
 from benchmarks.parity_table import DECODER, GENERATIONS, IDS, IMAGE, VIDEO, VISION, prompt, ready, rows
+from qwenvl_mlx.api import load_model
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.batch import left_pad
 from qwenvl_mlx.layers.cache import Cache
@@ -235,3 +237,13 @@ def test_joining_weights_changes_no_number(generation: str, bits: int | str | No
     assert close(model.logits(whole), before, 1e-5)
     model.prepare()  # a second time does nothing
     assert close(model.logits(whole), before, 1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen2_vl/tiny-hub", "qwen3_vl/tiny", "qwen3_5/tiny"])
+def test_half_precision_stays_half(checkpoint: str) -> None:
+    """Norms that are kept in float32 must not widen the stream, and with it the KV cache."""
+    model = load_model(reference(checkpoint), "bfloat16")
+    cache = model.make_cache()
+    logits = model(model.embed([5, 6, 7], [], []), cache)
+    assert logits.dtype == mx.bfloat16
+    assert cache.attention.keys.dtype == mx.bfloat16

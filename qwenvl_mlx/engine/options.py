@@ -24,7 +24,7 @@ NUMBERS = {
     "temperature": (0, LARGEST),
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "repetition_penalty": (0.01, 100),  # 1 means none
+    "repetition_penalty": (1e-6, 1e6),  # 1 means none
     "presence_penalty": (-LARGEST, LARGEST),
     "frequency_penalty": (-LARGEST, LARGEST),
 }

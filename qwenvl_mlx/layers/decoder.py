@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from qwenvl_mlx.config import one_of
 from qwenvl_mlx.layers.attention import Pass
@@ -83,11 +84,21 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = list(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._type: mx.Dtype | None = None
+
+    def prepare(self) -> None:
+        """Note the model's type where the table is in one of MLX's floating point modes, which gives bfloat16."""
+        if getattr(self.embed_tokens, "mode", "affine") != "affine":
+            types = {array.dtype for array in dict(tree_flatten(self.parameters())).values()}
+            # The narrowest: single norms may be kept in float32.
+            self._type = min(
+                (one for one in types if mx.issubdtype(one, mx.floating)), key=lambda one: one.size
+            )
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Embeddings in the model's type: a table in one of MLX's floating point modes gives bfloat16."""
-        hidden: mx.array = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
-        return hidden
+        """Embeddings ``[…, hidden_size]`` in the model's type."""
+        hidden: mx.array = self.embed_tokens(tokens)
+        return hidden if self._type is None else hidden.astype(self._type)
 
 
 class Decoder(nn.Module):
