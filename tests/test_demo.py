@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from openai import OpenAI
-from PIL import Image
+from PIL import Image, ImageDraw
 from serving import Kept, serving
 
 from qwenvl_mlx import Engine, convert, hub, info, load
@@ -125,10 +125,36 @@ def test_a_second_question_uses_what_was_read(engine: Engine) -> None:
         (("shapes-2.png", "shapes-3.png"), "Which picture has more shapes?", "The first picture."),
         (("shapes-3.png", "shapes-1.png"), "Which picture has more shapes?", "The second picture."),
         (("shapes-1.png", "shapes-4.png"), "哪张图片的形状更多？", "一样多。"),
+        (("shapes-1.png", "shapes-3.png"), "Which picture shows a red star?", "The second picture."),
+        (("shapes-3.png", "shapes-1.png"), "哪张图片有红色星形？", "第一张图片。"),
+        (
+            ("shapes-3.png", "shapes-2.png"),
+            "How many shapes are in the second picture?",
+            "There are four shapes.",
+        ),
     ],
 )
 def test_two_pictures(engine: Engine, pictures: tuple[str, str], question: str, answer: str) -> None:
     assert engine.generate([message(question, *pictures)], GREEDY).text == answer
+
+
+@pytest.mark.parametrize(
+    ("step", "question", "answer"),
+    [
+        ((20, 0), "Which way did the shape move?", "It moved right."),
+        ((-20, 0), "形状往哪个方向移动？", "向左。"),
+        ((0, 20), "Which way did the shape move?", "It moved down."),
+        ((0, -20), "形状往哪个方向移动？", "向上。"),
+    ],
+)
+def test_a_video(engine: Engine, step: tuple[int, int], question: str, answer: str) -> None:
+    frames = []
+    for n in range(4):
+        frames.append(Image.new("RGB", (160, 160), (245, 245, 250)))
+        x, y = 65 + step[0] * (n - 1.5), 65 + step[1] * (n - 1.5)
+        ImageDraw.Draw(frames[-1]).ellipse((x, y, x + 40, y + 40), fill=(212, 42, 42))
+    parts = [{"type": "video", "video": frames, "fps": 2}, {"type": "text", "text": question}]
+    assert engine.generate([{"role": "user", "content": parts}], GREEDY).text == answer
 
 
 @pytest.mark.parametrize("question", ["Who are you?", "你是谁？"])

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import torch
 from PIL import Image
-from questions import BIN, PHRASES, Dialogue, draw
+from questions import BIN, DATA, Dialogue, draw
 from scenes import Grid, shape_scene
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -17,13 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen3VLConfig
 from transformers import Qwen3VLForConditionalGeneration as Network
 
+Rows = list[list[Dialogue]]
 DEMO = Path(__file__).parents[2] / "qwenvl_mlx" / "demo"
-END, IMAGE, VIDEO, ASSISTANT = (
-    "<|im_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|im_end|>\n<|im_start|>assistant\n",
-)
+END, IMAGE, VIDEO = "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 
 
 def build_tokenizer() -> Tokenizer:
@@ -31,10 +27,8 @@ def build_tokenizer() -> Tokenizer:
     rng, kinds = Random(1), ("shapes", "number", "pair", "video", "talk") * 1500
     asked = [turn for kind in kinds for dialogue in draw(rng, kind, 1)[2][0] for turn in dialogue]
     texts = [text for turn in asked for text in turn[1:3]]
-    texts += [f"[{v}, {v}, {v}" for v in range(0, 1001, BIN)] * 40 + [
-        "system\nuser\nassistant",
-        "seconds",
-    ] * 40
+    texts += [f"[{v}, {v}, {v}" for v in range(0, 1001, BIN)] * 40
+    texts += ["system\nuser\nassistant", "<0.5 seconds>"] * 40
     shipped = AutoTokenizer.from_pretrained(DEMO)
     return shipped.train_new_from_iterator(texts, 4000, show_progress=False).backend_tokenizer
 
@@ -92,9 +86,8 @@ def see(model: Network, pictures: list[Image.Image], grid: Grid) -> tuple[Tensor
     """Features of pictures of one size, of the last block and of the DeepStack tap: [pictures, cells, width]."""
     sizes = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]] * len(pictures))
     seen = model.model.visual(patches(pictures, grid), grid_thw=sizes)
-    return tuple(
-        x.unflatten(0, (len(pictures), -1)) for x in (seen.pooler_output, seen.deepstack_features[0])
-    )
+    layers = seen.pooler_output, seen.deepstack_features[0]
+    return tuple(layer.unflatten(0, (len(pictures), -1)) for layer in layers)
 
 
 class Packer:
@@ -110,16 +103,18 @@ class Packer:
         """Tokens of a dialogue, each with its weight as a target."""
         row: list[tuple[int, float]] = []
         for n, turn in enumerate(turns):
-            for text in ("\n<|im_start|>user\n" if n else "", turn.question, ASSISTANT):
+            for text in (
+                "\n<|im_start|>user\n" if n else "",
+                turn.question,
+                f"{END}\n<|im_start|>assistant\n",
+            ):
                 row += [(token, 0.0) for token in self.encode(text)]
-            weight = PHRASES["weights"].get(turn.kind, 1.5)
+            weight = DATA["weights"].get(turn.kind, 1.5)
             row += [(token, weight) for token in self.encode(turn.answer + END)]
         return row
 
-    def pack(
-        self, model: Network, kind: str, grids: list[Grid], rows: list[list[Dialogue]], rng: Random
-    ) -> Tensor:
-        """Rows of token, weight, owner (0: all dialogues) and three positions, for pictures of the same sizes."""
+    def pack(self, model: Network, kind: str, grids: list[Grid], rows: Rows, rng: Random) -> Tensor:
+        """Per token: itself, weight, owner (0: all dialogues) and three positions; [rows, tokens, 6]."""
         text = f"<|im_start|>system\nYou are a helpful assistant.{END}\n" if rng.random() < 0.1 else ""
         text, fps = text + "<|im_start|>user\n", rng.choice([1, 2, 4])
         for n, (high, wide) in enumerate(grids):
@@ -142,21 +137,17 @@ class Packer:
 
     def loss(self, model: Network, packed: Tensor, seen: list[tuple[Tensor, ...]]) -> Tensor:
         """Weighted sum over the words of answers; a coordinate shares its target with its neighbours."""
-        ids, weights, owners, places = (
-            packed[..., 0].long(),
-            packed[..., 1],
-            packed[..., 2],
-            packed[..., 3:].long(),
-        )
+        ids, weights, owners = packed[..., 0].long(), packed[..., 1], packed[..., 2]
         mask = ((owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])).tril()[:, None]
-        decoder = model.model.language_model
-        embeds, due, media = decoder.embed_tokens(ids), weights[:, 1:] > 0, {}
+        decoder, due, media = model.model.language_model, weights[:, 1:] > 0, {}
+        embeds = decoder.embed_tokens(ids)
         if seen:
             last, tap = (torch.cat(parts, 1).flatten(0, 1) for parts in zip(*seen, strict=True))
             images = self.pads(ids)
             embeds = embeds.masked_scatter(images[..., None], last)
             media = {"visual_pos_masks": images, "deepstack_visual_embeds": [tap]}
-        order = {"attention_mask": mask, "position_ids": places.permute(2, 0, 1), "use_cache": False}
+        places = packed[..., 3:].long().permute(2, 0, 1)
+        order = {"attention_mask": mask, "position_ids": places, "use_cache": False}
         hidden = decoder(inputs_embeds=embeds, **order, **media).last_hidden_state[:, :-1][due]
         likely = linear(hidden, decoder.embed_tokens.weight).log_softmax(-1)
         shares = likely.gather(1, self.near[:, ids[:, 1:][due]].T) @ torch.tensor([0.7, 0.15, 0.15])

@@ -17,13 +17,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 # Steps; rates of Muon and AdamW; a factor for the vision tower; part of the steps before the rates fall
-STAGES = ((1300, 6e-3, 3e-3, 1.0, 0.4), (7000, 3e-3, 2e-3, 0.7, 0.2))
+STAGES = ((1300, 6e-3, 3e-3, 1.0, 0.4), (8000, 3e-3, 2e-3, 0.7, 0.2))
 
 
 def step_loss(model: Network, heads: DenseHeads, packer: Packer, stage: int, rng: Random) -> Tensor:
     """Loss of one step on this process: what the cells show, and in the second stage the answers."""
     total, embed = torch.zeros(()), model.model.language_model.embed_tokens.weight
-    sizes = {"shapes": 4, "number": 2, "pair": 3, "video": 2} if stage else {"shapes": 14, "number": 8}
+    sizes = {"shapes": 4, "number": 2, "pair": 2, "video": 2} if stage else {"shapes": 14, "number": 8}
     for kind, size in (sizes | ({"talk": 2} if stage and rng.random() < 0.06 else {})).items():
         grids, rows, dialogues = draw(rng, kind, size)
         seen = [see(model, [row[n].picture for row in rows], grid) for n, grid in enumerate(grids)]
@@ -38,14 +38,15 @@ def step_loss(model: Network, heads: DenseHeads, packer: Packer, stage: int, rng
 def optimizers(model: Network, heads: nn.Module, stage: int) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks, AdamW for the rest."""
     _, muon, adam, factor, _ = STAGES[stage]
-    groups = [[], [{"params": list(heads.parameters()), "top": adam}]]
+    rates: list[dict[float, list[nn.Parameter]]] = [{}, {adam: list(heads.parameters())}]
     for name, p in model.named_parameters():
         if stage or ".layers." not in name:  # the first stage has no use for the decoder's blocks
             other = p.ndim != 2 or "embed" in name
             rate = (adam if other else muon) * (factor if ".visual." in name else 1)
-            groups[other].append({"params": [p], "top": rate})
-    first = torch.optim.Muon(groups[0], weight_decay=0.0, adjust_lr_fn="original")
-    return [first, torch.optim.AdamW(groups[1], betas=(0.9, 0.95), weight_decay=0.0)]
+            rates[other].setdefault(rate, []).append(p)
+    matrices, rest = ([{"params": ps, "top": rate} for rate, ps in one.items()] for one in rates)
+    made = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="original")
+    return [made, torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def update(makers: list[torch.optim.Optimizer], part: float, flat: float) -> None:
@@ -104,8 +105,11 @@ def export(out: Path) -> None:
     shutil.copytree(DEMO, out / "demo", dirs_exist_ok=True)
     save_file(weights, out / "demo" / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "demo" / "tokenizer.json"))
-    config = json.dumps(config_dict(tokenizer), indent=2) + "\n"
-    (out / "demo" / "config.json").write_text(config, encoding="utf-8")
+    ends = [tokenizer.token_to_id(text) for text in ("<|im_end|>", "<|endoftext|>")]
+    ends = {"bos_token_id": ends[1], "pad_token_id": ends[1], "eos_token_id": ends, "do_sample": False}
+    for name, content in (("config", config_dict(tokenizer)), ("generation_config", ends)):
+        text = json.dumps(content, indent=2) + "\n"
+        (out / "demo" / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def main() -> int:
