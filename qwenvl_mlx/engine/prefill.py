@@ -73,8 +73,7 @@ class Prefill:
             self._paces.tokens.learn(end - begin, time.perf_counter() - started)
             if end in marks:
                 self._memory.put(self.ids[:end], self.rope_key, self.cache)
-            if end < length:
-                yield
+            yield  # after the last one too: joining the running answers takes a moment of its own
             begin = end
         self.logits = logits[0, -1]
 
