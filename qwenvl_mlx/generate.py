@@ -215,7 +215,7 @@ def _print_text(events: Iterator[Event]) -> Reply:
 
     for event in events:
         if isinstance(event, FinishEvent):
-            print()
+            print(flush=True)
             return event.reply
         print(event.text, end="", flush=True)
     raise RuntimeError("the engine ended without a reply")

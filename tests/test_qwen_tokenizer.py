@@ -46,7 +46,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> QwenTokenizer:
 @pytest.fixture(scope="module")
 def tiny() -> QwenTokenizer:
     """From a PyTorch folder: the first 420 ranks."""
-    return QwenTokenizer.from_folder(reference("qwen_vl/ckpt/tiny_chat/bin_fp32"))
+    return QwenTokenizer.from_folder(reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32"))
 
 
 def test_every_text_encodes_as_in_the_reference(real: QwenTokenizer) -> None:
@@ -157,7 +157,7 @@ def test_lone_surrogates_become_replacement_characters(tiny: QwenTokenizer) -> N
 
 @pytest.mark.parametrize("slots", [16, 256])
 def test_slots_of_a_picture(slots: int) -> None:
-    tokenizer = QwenTokenizer.from_folder(reference("qwen_vl/ckpt/tiny_chat/bin_fp32"), image_slots=slots)
+    tokenizer = QwenTokenizer.from_folder(reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32"), image_slots=slots)
     start, end, pad = (tokenizer.id(name) for name in ("<img>", "</img>", "<imgpad>"))
     assert tokenizer.encode("<img>图</img>") == [start, *"图".encode(), *[pad] * (slots - 3), end]
     assert len(tokenizer.encode(f"<img>{'x' * slots}</img>")) == slots + 2
@@ -166,7 +166,7 @@ def test_slots_of_a_picture(slots: int) -> None:
 
 
 def test_stored_and_derived_tokenizers_are_one(tmp_path: Path, tiny: QwenTokenizer) -> None:
-    ranks = reference("qwen_vl/ckpt/tiny_chat/bin_fp32/qwen.tiktoken")
+    ranks = reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32/qwen.tiktoken")
     (tmp_path / "tokenizer.json").write_text(tokenizer_json(ranks), encoding="utf-8")
     stored = QwenTokenizer.from_folder(tmp_path)
     for text in ("The history of the world 图片 <ref>a</ref>", "<|im_start|>user\n  x\r\n\n"):
@@ -175,7 +175,7 @@ def test_stored_and_derived_tokenizers_are_one(tmp_path: Path, tiny: QwenTokeniz
 
 
 def damaged() -> Iterator[Any]:
-    ranks = reference("qwen_vl/ckpt/tiny_chat/bin_fp32/qwen.tiktoken").read_bytes()
+    ranks = reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32/qwen.tiktoken").read_bytes()
     lines = ranks.splitlines()
     yield pytest.param("qwen.tiktoken", ranks[:900], "qwen.tiktoken", id="truncated")
     yield pytest.param("qwen.tiktoken", b"\n".join(lines[:300] + lines[301:]), "gaps", id="line missing")
