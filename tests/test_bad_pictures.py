@@ -9,7 +9,7 @@ import pytest
 from helpers import reference
 from test_fetch import bomb
 
-TINY = "qwen_vl/ckpt/tiny_chat/bin_fp32"
+TINY = "qwen_vl/ckpt/tiny_chat/safetensors_fp32"
 
 
 @pytest.mark.parametrize(

@@ -488,7 +488,7 @@ def test_ctrl_c_leaves_nothing_and_is_exit_code_130(tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_kill_at_random_moments_then_run_again(tmp_path: Path) -> None:
     """Ten times kill -9 while it writes: what has the final name is whole, and the next run gives the same bytes."""
-    arguments = ["--hf-path", reference(f"{ORIGINAL}/bin_fp32"), "-q", "--q-group-size", 32]
+    arguments = ["--hf-path", reference(f"{ORIGINAL}/bin_bf16"), "-q", "--q-group-size", 32]
     quiet, target = tmp_path / "quiet", tmp_path / "m"
     assert command(*arguments, "--mlx-path", quiet).returncode == 0
     line = [sys.executable, "-m", "qwenvl_mlx.convert", *map(str, arguments), "--mlx-path", str(target)]

@@ -157,7 +157,9 @@ def test_lone_surrogates_become_replacement_characters(tiny: QwenTokenizer) -> N
 
 @pytest.mark.parametrize("slots", [16, 256])
 def test_slots_of_a_picture(slots: int) -> None:
-    tokenizer = QwenTokenizer.from_folder(reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32"), image_slots=slots)
+    tokenizer = QwenTokenizer.from_folder(
+        reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32"), image_slots=slots
+    )
     start, end, pad = (tokenizer.id(name) for name in ("<img>", "</img>", "<imgpad>"))
     assert tokenizer.encode("<img>图</img>") == [start, *"图".encode(), *[pad] * (slots - 3), end]
     assert len(tokenizer.encode(f"<img>{'x' * slots}</img>")) == slots + 2

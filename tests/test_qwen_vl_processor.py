@@ -20,7 +20,7 @@ from qwenvl_mlx.processor.fetch import FetchPolicy, load_image
 from qwenvl_mlx.processor.load import load_processor
 from qwenvl_mlx.processor.qwen_vl import QwenVLProcessor
 
-TINY = "qwen_vl/ckpt/tiny_chat/bin_fp32"
+TINY = "qwen_vl/ckpt/tiny_chat/safetensors_fp32"
 IMAGES = "qwen_vl/images"
 
 
