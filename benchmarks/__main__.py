@@ -8,6 +8,7 @@ python -m benchmarks growth --synthetic qwen3-vl-250m      # over patches, promp
 python -m benchmarks startup                               # command to first token, import and load
 python -m benchmarks preprocess                            # a photo of 12 megapixels to patches
 python -m benchmarks counts                                # kernels and bytes, no Mac needed
+python -m benchmarks host                                  # what the host pays for a decoded token
 python -m benchmarks all --output results                  # everything, as results/report.md, .json and .png
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ON_WEIGHTS = ("compare", "roofline", "growth")
-OTHERS = ("startup", "preprocess", "counts")
+OTHERS = ("startup", "preprocess", "counts", "host")
 
 Measured = tuple[dict[str, Any], str]
 
@@ -62,13 +63,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(what: str, args: argparse.Namespace, folder: Path) -> Measured:
     """The report and its Markdown table."""
-    from benchmarks import compare, growth, launches, preprocess, roofline, startup
+    from benchmarks import compare, growth, host, launches, preprocess, roofline, startup
     from benchmarks.cases import CASES
     from benchmarks.device import describe
 
     if what == "counts":
         counts = launches.measure()
         return {"device": describe(), "counts": counts}, launches.table(counts)
+    if what == "host":
+        return host.measure()
     if what == "preprocess":
         return preprocess.measure()
     if what == "startup":

@@ -49,6 +49,7 @@ FUSED = {
 }
 TAGS = {name: tag for tag, name in FUSED.items()}
 PRODUCTS = ("Matmul", "QuantizedMatmul", "AddMM")
+UPDATES = ("SliceUpdate", "DynamicSliceUpdate")  # in place
 
 Shape = tuple[int, ...]
 
@@ -261,7 +262,7 @@ class _Trace:
             if index == 0 and name in ("Gather", "GatherAxis"):
                 self.bytes_moved += written
                 continue
-            if index == 0 and name == "SliceUpdate":
+            if index == 0 and name in UPDATES:
                 continue
             # a broadcast operand is read at its own size
             items = math.prod(d for d, s in zip(tensor[1], self._of(tensor), strict=True) if s)
@@ -270,7 +271,7 @@ class _Trace:
             if constant is not None and constant.size > 1 and tensor[0] not in self.counted:
                 self.counted.add(tensor[0])
                 self.weight_bytes += constant.nbytes
-        self.bytes_moved += _nbytes(inputs[1]) if name == "SliceUpdate" else written
+        self.bytes_moved += _nbytes(inputs[1]) if name in UPDATES else written
 
 
 def _nbytes(tensor: Any) -> int:

@@ -21,6 +21,7 @@ from mlx.utils import tree_map
 
 from benchmarks.cases import Case, inputs
 from benchmarks.counts import Cost, count, metal_view
+from qwenvl_mlx.engine.step import CompiledStep, Decoding
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Media
 from qwenvl_mlx.models import model_class
@@ -74,7 +75,7 @@ def _picture(config: dict[str, Any], size: tuple[int, int]) -> Media:
     return Media("image", given.rows, given.grid)
 
 
-def _built(config: dict[str, Any], *, bits: int | None) -> tuple[Any, Cache]:
+def built(config: dict[str, Any], *, bits: int | None) -> tuple[Any, Cache]:
     """A bfloat16 model and a cache of a few tokens, computed in float32: not all kernels have half types on a CPU."""
     model = model_class(config)(config)
     if bits:
@@ -100,7 +101,9 @@ def _half(value: Any) -> Any:
 
 
 def measure(names: Sequence[str] = NAMES) -> Counts:
-    """For each generation: a decoded token and a slice of a prompt (bf16 and 4 bits), and pictures of two sizes."""
+    """For each generation: a decoded token, called directly and compiled, and a slice of a prompt (bf16 and 4 bits);
+    pictures of two sizes.
+    """
     return {name: _measure(narrow(SIZES[name])) for name in names}
 
 
@@ -108,8 +111,9 @@ def _measure(config: dict[str, Any]) -> dict[str, Any]:
     row = {}
     with metal_view():
         for label, bits in (("bf16", None), ("4 bits", 4)):
-            model, cache = _built(config, bits=bits)
+            model, cache = built(config, bits=bits)
             row[f"decode {label}"] = _decode(model, cache)
+            row[f"compiled {label}"] = compiled(model, cache)
             row[f"prefill {label}"] = _prefill(model, cache)
         for size in PICTURES:
             row[f"picture {size[0]}x{size[1]}"] = _vision(model, _picture(config, size))
@@ -122,6 +126,13 @@ def _decode(model: Any, cache: Cache) -> Cost:
         return model.decode(tokens, state), state.arrays
 
     return count(step, mx.array([[5]]))
+
+
+def compiled(model: Any, cache: Cache) -> Cost:
+    """The same token as a compiled step, which the engine takes where a sequence decodes alone."""
+    step = CompiledStep(model)
+    decoding = Decoding(step, copy.deepcopy(cache))
+    return count(lambda tokens: step.compiled(tokens, *decoding.inputs), mx.array([[5]]))
 
 
 def _prefill(model: Any, cache: Cache) -> Cost:

@@ -14,10 +14,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.counts import count, metal_view
-from benchmarks.launches import NAMES, depths, kept, measure
+from benchmarks.launches import NAMES, built, compiled, depths, kept, measure, narrow
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.models import model_class
-from qwenvl_mlx.sizes import small_shapes
+from qwenvl_mlx.sizes import SIZES, small_shapes
 
 DENSE = ("Qwen-VL-Chat", "Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
 
@@ -34,6 +34,21 @@ def test_a_decoder_layer_takes_few_kernels(name: str) -> None:
     for kind, most in (("bf16", 13), ("4 bits", 15)):
         assert kept()[name][f"decode {kind}"]["launches"] <= most * layers
         assert kept()[name][f"prefill {kind}"]["launches"] <= most * layers
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("bits", "most"), [(None, 13), (4, 15)])
+def test_a_layer_of_a_compiled_step_takes_few_kernels(name: str, bits: int | None, most: int) -> None:
+    """Even when an update at a place that the device knows is counted as three, as if it had to copy the buffer."""
+    assert compiled_launches(name, 4, bits) - compiled_launches(name, 3, bits) <= most
+
+
+def compiled_launches(name: str, layers: int, bits: int | None) -> int:
+    config = narrow(SIZES[name])
+    config.get("text_config", config)["num_hidden_layers"] = layers
+    with metal_view():
+        model, cache = built(config, bits=bits)
+        return compiled(model, cache).launches
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ import pytest
 from fakes import FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply
+from qwenvl_mlx.engine.batch import Batch
 from qwenvl_mlx.engine.lookup import PATIENCE, REST, Lookup
 from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.processor.base import GenerationDefaults
@@ -21,10 +22,8 @@ class Parrot(FakeModel):
     def __init__(self, stubborn: float) -> None:
         super().__init__()
         self._stubborn = stubborn
-        self.steps = 0
 
     def decode(self, tokens: mx.array, cache: Any) -> mx.array:
-        self.steps += 1
         logits = super().decode(tokens, cache)
         follower = 97 + (tokens - 97 + 1) % 26
         return logits + self._stubborn * (mx.arange(logits.shape[-1]) == follower[..., None])
@@ -59,21 +58,32 @@ def test_the_answer_is_the_same(stubborn: float, options: dict[str, Any]) -> Non
     assert guessed.finish_reason == plain.finish_reason
 
 
-def test_repetition_takes_fewer_steps() -> None:
-    model = Parrot(30.0)
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each step of the batch was given."""
+    counts: list[int] = []
+    plain = Batch._decode
+
+    def counting(self: Batch, tokens: mx.array) -> mx.array:
+        counts.append(tokens.shape[1])
+        return plain(self, tokens)
+
+    monkeypatch.setattr(Batch, "_decode", counting)
+    return counts
+
+
+def test_repetition_takes_fewer_steps(steps: list[int]) -> None:
     prompt = FakeProcessor()(ask("abcdefghijklmnopqrstuvwxyzabcdefgh"))
-    with Engine(model, FakeProcessor()) as engine:
-        model.steps = 0
+    with Engine(Parrot(30.0), FakeProcessor()) as engine:
         engine.generate(prompt, GenerationOptions(max_tokens=100, ignore_eos=True))
-    assert model.steps < 40
+    assert len(steps) < 40
 
 
-def test_sampled_answers_are_not_guessed() -> None:
-    model = Parrot(30.0)
-    with Engine(model, FakeProcessor()) as engine:
+def test_sampled_answers_are_not_guessed(steps: list[int]) -> None:
+    with Engine(Parrot(30.0), FakeProcessor()) as engine:
         options = GenerationOptions(max_tokens=30, ignore_eos=True, temperature=0.5, seed=1)
         engine.generate("abcdefghijklmnopqrstuvwxyzabcdefgh", options)
-    assert model.steps >= 29  # one for each token but the last
+    assert steps == [1] * 29  # one for each token but the last
 
 
 def test_a_guess_is_what_followed_the_last_occurrence() -> None:

@@ -11,6 +11,7 @@ from qwenvl_mlx.engine.lookup import Lookup
 from qwenvl_mlx.engine.prefix_cache import Ids
 from qwenvl_mlx.engine.sampling import Sampler
 from qwenvl_mlx.engine.sequence import Sequence
+from qwenvl_mlx.engine.step import CompiledStep, Decoding
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.models.base import VisionLanguageModel
 
@@ -42,16 +43,17 @@ class Row:
 
 
 class Batch:
-    """Rows over one cache: of one sequence while there is one row, left-padded as soon as there are more.
+    """Rows over one cache: of one sequence while there is one row, left-padded as soon as there are more. A row that is
+    alone takes compiled steps after its first token.
 
     Each step starts the next token's computation before it looks at the one before: the device never waits for
     Python. So a row that ends has computed one token too many, which nobody sees.
     """
 
-    def __init__(self, model: VisionLanguageModel) -> None:
+    def __init__(self, model: VisionLanguageModel, step: CompiledStep) -> None:
         self.rows: list[Row] = []
-        self._model = model
-        self._cache: Cache | None = None
+        self._model, self._step = model, step
+        self._cache: Cache | Decoding | None = None
         self._tokens: mx.array | None = None  # [rows]: chosen, but not looked at yet
 
     def __len__(self) -> int:
@@ -72,10 +74,9 @@ class Batch:
         if self._cache is None or self._tokens is None:
             self._cache, self._tokens = cache, first
         else:
-            if len(self.rows) == 1:
-                self._cache = Cache.merge([self._cache])
-            self._cache.extend(Cache.merge([cache]))
-            self._tokens = mx.concatenate([self._tokens, first])
+            together = self._settled() if len(self.rows) > 1 else Cache.merge([self._settled()])
+            together.extend(Cache.merge([cache]))
+            self._cache, self._tokens = together, mx.concatenate([self._tokens, first])
         self.rows.append(row)
         mx.async_eval(self._tokens)
 
@@ -110,7 +111,7 @@ class Batch:
         if integers(self._tokens)[0] != guess[0]:
             row.lookup.judge(right=0, guessed=len(guess))
             return False
-        logits = self._model.decode(mx.array([guess]), self._cache)[0]
+        logits = self._decode(mx.array([guess]))[0]
         chosen = integers(mx.argmax(logits, axis=-1))  # what follows each token of the guess
         right = next((i for i in range(1, len(guess)) if guess[i] != chosen[i - 1]), len(guess))
         row.lookup.judge(right=right, guessed=len(guess))
@@ -127,14 +128,30 @@ class Batch:
         return True
 
     def _launch(self, tokens: mx.array) -> mx.array:
-        assert self._cache is not None
-        logits = self._model.decode(tokens[:, None], self._cache)[:, -1]  # [rows, vocab]
-        self._cache.share_offset()
+        logits = self._decode(tokens[:, None])[:, -1]  # [rows, vocab]
         chosen = self._choose(self.rows, logits)
         for row in self.rows:
             row.fed += 1
         mx.async_eval(chosen, *(array for row in self.rows if row.pending for array in row.pending.arrays))
         return chosen
+
+    def _decode(self, tokens: mx.array) -> mx.array:
+        """``[rows, L]`` -> logits ``[rows, L, vocab]``."""
+        if isinstance(self._cache, Cache) and self.rows[0].fed and self._step.suits(self._cache):
+            self._cache = Decoding(self._step, self._cache)
+        if isinstance(self._cache, Decoding):
+            return self._cache(tokens)
+        assert self._cache is not None
+        logits = self._model.decode(tokens, self._cache)
+        self._cache.share_offset()
+        return logits
+
+    def _settled(self) -> Cache:
+        """The cache, no longer in the form of compiled steps."""
+        if isinstance(self._cache, Decoding):
+            self._cache = self._cache.cache()
+        assert self._cache is not None
+        return self._cache
 
     def _choose(self, rows: list[Row], logits: mx.array) -> mx.array:
         """``[rows, vocab]`` -> ``[rows]``, each by its own sampler."""
@@ -155,11 +172,11 @@ class Batch:
     def _drop(self, rows: list[Row]) -> list[tuple[Row, Cache]]:
         if not rows or self._cache is None or self._tokens is None:
             return []
+        cache = self._settled()
         if len(self.rows) == 1:
-            ended = [(rows[0], self._cache)]
             self.clear()
-            return ended
-        ended = [(row, self._cache.extract(self.rows.index(row))) for row in rows]
+            return [(rows[0], cache)]
+        ended = [(row, cache.extract(self.rows.index(row))) for row in rows]
         keep = [i for i, row in enumerate(self.rows) if row not in rows]
         if not keep:
             self.clear()
@@ -167,9 +184,9 @@ class Batch:
         self.rows = [self.rows[i] for i in keep]
         self._tokens = self._tokens[mx.array(keep)]
         if len(keep) == 1:
-            self._cache = self._cache.extract(keep[0])
+            self._cache = cache.extract(keep[0])
         else:
-            self._cache.filter(keep)
+            cache.filter(keep)
         return ended
 
 

@@ -26,6 +26,7 @@ from qwenvl_mlx.engine.prefix_cache import Ids, PrefixCache
 from qwenvl_mlx.engine.request import Request
 from qwenvl_mlx.engine.sampling import Sampler
 from qwenvl_mlx.engine.sequence import Sequence
+from qwenvl_mlx.engine.step import CompiledStep
 from qwenvl_mlx.errors import GenerationError, QwenVLError
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.models.base import VisionLanguageModel
@@ -50,7 +51,7 @@ class Loop:
         plan: MemoryPlan,
         context: int,
     ) -> None:
-        self._model = model
+        self._model, self._step = model, CompiledStep(model)
         self._processor = processor
         self._options = options
         self._plan = plan
@@ -194,7 +195,7 @@ class Loop:
         for lane in self._lanes:
             if lane.takes(cache) and self._plan.allows_padding(lane.padding(row.length), taken):
                 return lane
-        self._lanes.append(Batch(self._model))
+        self._lanes.append(Batch(self._model, self._step))
         return self._lanes[-1]
 
     def _decode(self) -> None:

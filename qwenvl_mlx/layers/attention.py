@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.cache import Cache, FixedKV
 from qwenvl_mlx.layers.fused import attend_cached
 from qwenvl_mlx.layers.linear import join, join_children, joinable, map_rows, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.norm import RMSNorm
-from qwenvl_mlx.layers.rotary import Angles
+from qwenvl_mlx.layers.rotary import Angles, HeadWeights
 from qwenvl_mlx.layers.shard import Group, part_of, split_heads, split_inputs, split_outputs
 
 mlx_lm = leaf("models.base")
@@ -46,7 +46,10 @@ class Pass:
 
 
 class Attention(nn.Module):
-    """``bias``: of the query, key and value products; ``norm_eps``: None where queries and keys have no norm."""
+    """``bias``: of the query, key and value products; ``norm_eps``: None where queries and keys have no norm.
+
+    ``rotated``: how many numbers of a head turn, if not all.
+    """
 
     def __init__(
         self,
@@ -58,9 +61,10 @@ class Attention(nn.Module):
         bias: bool = False,
         output_bias: bool = False,
         norm_eps: float | None = None,
+        rotated: int | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.size = heads, kv_heads, size
+        self.heads, self.kv_heads, self.size, self.rotated = heads, kv_heads, size, rotated or size
         self.scale = size**-0.5
         self.q_proj = nn.Linear(hidden, heads * size, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_heads * size, bias=bias)
@@ -85,37 +89,45 @@ class Attention(nn.Module):
     def prepare(self) -> None:
         """Join the three products into one, and the norms' weights of all heads."""
         join_children(self, PROJECTIONS, "qkv_proj")
-        if "q_norm" in self:
-            self._head_weights = self._stack_weights()
-            mx.eval(self._head_weights)
+        self._values, self._weights = self._constants()
+        mx.eval(self._values, self._weights.views if self._weights else ())
 
-    def _stack_weights(self) -> mx.array:
-        return mx.stack([self.q_norm.weight] * self.heads + [self.k_norm.weight] * self.kv_heads)
+    def _constants(self) -> tuple[mx.array, HeadWeights | None]:
+        """Which of all heads are values, bool ``[heads + 2 kv_heads, 1, 1]``; and the weights of their norms."""
+        turning = self.heads + self.kv_heads
+        values = mx.arange(turning + self.kv_heads).reshape(-1, 1, 1) >= turning
+        if "q_norm" not in self:
+            return values, None
+        weights = [self.q_norm.weight] * self.heads + [self.k_norm.weight] * self.kv_heads
+        weights += [mx.ones_like(self.k_norm.weight)] * self.kv_heads
+        return values, HeadWeights.of(mx.stack(weights), self.rotated)
 
     def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
-        """``[B, L, hidden]`` -> heads side by side ``[B, L, heads * size]``, before ``o_proj``."""
+        """``[B, L, hidden]`` or ``[B, hidden]`` -> heads side by side ``[…, heads * size]``, before ``o_proj``."""
         return self.attend(project(self, PROJECTIONS, "qkv_proj", x), shared, cache)
 
     def attend(self, qkv: mx.array, shared: Pass, cache: Any | None) -> mx.array:
-        """``qkv``: ``[B, L, (heads + 2 kv_heads) * size]``, in this order."""
-        batch, length, _ = qkv.shape
-        qkv = qkv.reshape(batch, length, -1, self.size)
-        v = qkv[:, :, -self.kv_heads :]
-        if "q_norm" in self:  # values too, for nothing: a kernel that gets a part of each row copies it first
-            qkv = mx.fast.rms_norm(qkv, None, self.q_norm.eps)
-        qk = self._turn(qkv[:, :, : -self.kv_heads], shared.angles).transpose(0, 2, 1, 3)
-        q, k = mx.split(qk, [self.heads], axis=1)  # [B, heads, L, size]
-        v = v.transpose(0, 2, 1, 3)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
+        """``qkv``: ``[…, (heads + 2 kv_heads) * size]``, in this order."""
+        batch, length = len(qkv), 1 if qkv.ndim == 2 else qkv.shape[1]
+        raw = qkv.reshape(batch, length, -1, self.size)
+        # values too, for nothing: a kernel that gets a part of each row copies it first
+        normed = mx.fast.rms_norm(raw, None, self.q_norm.eps) if "q_norm" in self else raw
+        values, weights = (self._values, self._weights) if "_values" in self else self._constants()
+        # one kernel leaves keys and values side by side, as a fixed buffer has them
+        turned = shared.angles.turn_some(normed, weights, values, raw)
+        if length == 1:
+            heads = turned.reshape(batch, -1, 1, self.size)  # [B, heads, L, size]
+        else:
+            heads = turned.reshape(raw.shape).transpose(0, 2, 1, 3)
+        if isinstance(cache, FixedKV):
+            q, both = mx.split(heads, [self.heads], axis=1)
+            k, v = cache.write(both)
+        else:
+            q, k, v = mx.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
+            if cache is not None:
+                k, v = cache.update_and_fetch(k, v)
         out = attend_cached(q, k, v, cache, scale=self.scale, mask=shared.mask)
-        return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-
-    def _turn(self, qk: mx.array, angles: Angles) -> mx.array:
-        """The norm's weights and the rotation, of queries and keys together: ``[B, L, heads + kv_heads, size]``."""
-        if "q_norm" not in self:
-            return angles.turn(qk)
-        return angles.turn(qk, self._head_weights if "_head_weights" in self else self._stack_weights())
+        return (out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(*qkv.shape[:-1], -1)
 
 
 @partial(mx.compile, shapeless=True)
@@ -127,9 +139,26 @@ class GatedAttention(Attention):
     """Attention whose output is gated: ``q_proj`` gives each head a query and a gate, side by side (Qwen3.5)."""
 
     def __init__(
-        self, hidden: int, heads: int, kv_heads: int, size: int, *, bias: bool, norm_eps: float
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        *,
+        bias: bool,
+        norm_eps: float,
+        rotated: int,
     ) -> None:
-        super().__init__(hidden, heads, kv_heads, size, bias=bias, output_bias=bias, norm_eps=norm_eps)
+        super().__init__(
+            hidden,
+            heads,
+            kv_heads,
+            size,
+            bias=bias,
+            output_bias=bias,
+            norm_eps=norm_eps,
+            rotated=rotated,
+        )
         self.q_proj = nn.Linear(hidden, 2 * heads * size, bias=bias)
 
     def prepare(self) -> None:

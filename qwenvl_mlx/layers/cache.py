@@ -15,6 +15,37 @@ from qwenvl_mlx.layers.mlx_lm import leaf
 kv = leaf("models.cache")
 
 
+class FixedKV:
+    """One layer's keys and values in one buffer whose shape stays, as a compiled step needs it.
+
+    ``rows``: ``[1, 2 * kv heads, capacity, size]``, keys before values. ``offset``: int32 ``[1]``, the tokens in it
+    before the step; it is the step that counts.
+    """
+
+    def __init__(self, rows: mx.array, offset: mx.array) -> None:
+        self.rows, self.offset = rows, offset
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that find room."""
+        return self.rows.shape[2]
+
+    def make_mask(self, length: int, **_: Any) -> mx.array:
+        """What ``length`` new tokens see, bool ``[1, 1, length, capacity]``."""
+        last = self.offset + mx.arange(length)
+        return (mx.arange(self.capacity) <= last[:, None])[None, None]
+
+    def write(self, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """Put ``[1, 2 * kv heads, length, size]`` behind what is there; all keys and all values."""
+        self.rows = mx.slice_update(self.rows, rows, self.offset, axes=[2])
+        keys, values = mx.split(self.rows, 2, axis=1)
+        return keys, values
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """``write`` for those who have them apart, at the price of a copy."""
+        return self.write(mx.concatenate([keys, values], axis=1))
+
+
 class Cache(list[Any]):
     """A list of mlx-lm's layer caches, plus the rope state of its rows.
 

@@ -119,14 +119,23 @@ class Decoder(nn.Module):
         deepstack: Sequence[mx.array] = (),
         last_only: bool = False,
     ) -> mx.array:
-        """``hidden``: ``[B, L, d]`` -> logits. ``deepstack[k]`` is added to the output of layer ``k``."""
+        """``hidden``: ``[B, L, d]`` -> logits. ``deepstack[k]`` is added to the output of layer ``k``.
+
+        Layers get ``[B, L, d]``, or ``[B, d]`` of single tokens.
+        """
         shared = Pass.over(hidden, angles, cache)
+        single = hidden.shape[1] == 1 and not deepstack
+        if single:  # a matrix: products of three axes cost reshapes, and on CPUs a run through the weights for each row
+            hidden = hidden.squeeze(1)
         states: Sequence[Any] = cache if cache is not None else [None] * len(self.model.layers)
         for index, (layer, state) in enumerate(zip(self.model.layers, states, strict=True)):
             hidden = layer(hidden, shared, state)
             if index < len(deepstack):
                 hidden = hidden + deepstack[index]
-        hidden = self.model.norm(hidden[:, -1:] if last_only else hidden)
+        logits = self._output(self.model.norm(hidden[:, -1:] if last_only and not single else hidden))
+        return logits[:, None] if single else logits
+
+    def _output(self, hidden: mx.array) -> mx.array:
         if "lm_head" in self:
             return self.lm_head(hidden)
         return self.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]

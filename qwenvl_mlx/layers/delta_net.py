@@ -74,15 +74,15 @@ class GatedDeltaNet(nn.Module):
         join_children(self, PROJECTIONS, "in_proj")
 
     def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
-        """``[B, L, hidden]`` -> ``[B, L, value_heads * value_size]``, before ``out_proj``.
+        """``[B, L, hidden]`` or ``[B, hidden]`` -> ``[…, value_heads * value_size]``, before ``out_proj``.
 
         ``cache``: an ArraysCache of two, the last inputs of the convolution and the state
         ``[B, value_heads, value_size, key_size]``, float32.
         """
-        batch, length, _ = x.shape
+        batch, length = len(x), 1 if x.ndim == 2 else x.shape[1]
         _, values, channels = self.sizes
         qkv, z, b, a = mx.split(
-            project(self, PROJECTIONS, "in_proj", x),
+            project(self, PROJECTIONS, "in_proj", x).reshape(batch, length, -1),
             [channels, channels + values, channels + values + self.value_heads],
             axis=-1,
         )
@@ -105,7 +105,7 @@ class GatedDeltaNet(nn.Module):
             cache[1] = state
             cache.advance(length)
         z = z.reshape(batch, length, self.value_heads, self.value_size)
-        return _gate(self.norm(out), z).reshape(batch, length, -1)
+        return _gate(self.norm(out), z).reshape(*x.shape[:-1], -1)
 
     def _conv(self, x: mx.array, cache: Any | None) -> mx.array:
         """Causal depthwise convolution and silu, ``[B, L, channels]``."""

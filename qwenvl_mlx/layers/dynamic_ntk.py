@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -38,12 +38,22 @@ class Rotary:
         """The NTK factor of a prompt of ``length`` tokens."""
         return ntk_alpha(length, self.trained) if self.dynamic_ntk and length else 1.0
 
-    def at(self, offset: int | mx.array, length: int, alphas: Sequence[float], dtype: mx.Dtype) -> Positions:
+    def at(
+        self,
+        offset: int | mx.array,
+        length: int,
+        alphas: Sequence[float],
+        dtype: mx.Dtype,
+        *,
+        most: int | None = None,
+    ) -> Positions:
         """Positions of one forward pass: ``length`` tokens after ``offset``, int or int32 ``[B]``.
 
         ``alphas``: the factor of each row, or one for all; ``dtype``: of the queries, which logn is rounded to.
+        ``most``: positions that an array of offsets can't go beyond, if that is known.
         """
-        factor = self._query_factor(offset, length)
+        short = self.trained >= (offset + length if isinstance(offset, int) else most or math.inf)
+        factor = 1.0 if short or not self.logn else self._query_factor(offset, length)
         if isinstance(factor, mx.array):
             factor = factor.astype(dtype)
         if len(set(alphas)) == 1:
@@ -63,8 +73,6 @@ class Rotary:
 
     def _query_factor(self, offset: int | mx.array, length: int) -> float | mx.array:
         """``ln(p + 1) / ln(trained)`` where a 0-based position ``p`` is beyond the trained length, else 1."""
-        if not self.logn or (isinstance(offset, int) and offset + length <= self.trained):
-            return 1.0
         if isinstance(offset, int) and length == 1:
             return math.log(offset + 1) / math.log(self.trained)
         beyond = mx.maximum((self._absolute(offset, length) + 1) / self.trained, 1.0)
@@ -84,6 +92,13 @@ class Positions:
     query_factor: float | mx.array
     wavelengths: mx.array | None = None
     turn: tuple[mx.array, mx.array] | None = None
+
+    def by_heads(self, turning: int, heads: int) -> Positions:
+        """For a single token whose ``heads`` take the place of rows, ``[heads, 1, 1, head size]``.
+
+        Only the first ones turn: the others are at position 0. So one kernel serves queries, keys and values.
+        """
+        return replace(self, offset=mx.where(mx.arange(heads) < turning, self.offset, 0))
 
     def rotate(self, x: mx.array) -> mx.array:
         """Rotate ``[B, heads, L, head size]``, halves against each other, in float32."""

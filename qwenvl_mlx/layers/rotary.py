@@ -56,19 +56,44 @@ class Angles:
         """The tokens in another order."""
         return Angles(self.cos[index], self.sin[index], self.leads)
 
-    def turn(self, x: mx.array, weight: mx.array | None = None) -> mx.array:
-        """Rotate ``[..., heads, size]`` in float32, after a product with ``weight`` ``[heads, size]`` in x's dtype."""
+    def turn(self, x: mx.array) -> mx.array:
+        """Rotate ``[..., heads, size]`` in float32."""
         half = self.cos.shape[-1]
         if x.shape[-1] % half:
-            x = x if weight is None else x * weight
             return mx.concatenate([self.turn(x[..., : 2 * half]), x[..., 2 * half :]], axis=-1)
         runs = x.reshape(*x.shape[:-1], -1, half)  # [..., heads, runs, half]
-        if weight is None:
-            out = _turn(*_views(runs), self.cos, self.sin, self.leads)
-        else:
-            weights = _views(weight.reshape(runs.shape[-3:]))
-            out = _scale_and_turn(*_views(runs), *weights, self.cos, self.sin, self.leads)
-        return out.reshape(x.shape)
+        return _turn(_views(runs), self.cos, self.sin, self.leads).reshape(x.shape)
+
+    def turn_some(self, x: mx.array, weights: HeadWeights | None, kept: mx.array, raw: mx.array) -> mx.array:
+        """``turn``, after a product of the heads with their weights in x's dtype; ``raw`` in place of those ``kept``.
+
+        ``x``, ``raw``: ``[..., heads, size]``; ``kept``: bool ``[heads, 1, 1]``. The result has the order of ``x``; its
+        last axis may still be in runs.
+        """
+        half = self.cos.shape[-1]
+        if x.shape[-1] % half:
+            x = x if weights is None else x * weights.flat
+            return mx.where(kept.squeeze(-1), raw, self.turn(x))
+        runs = (*x.shape[:-1], -1, half)
+        views = () if weights is None else weights.views
+        raw = raw.reshape(runs)
+        x = raw if weights is None else x.reshape(runs)
+        return _turn_some(_views(x), views, self.cos, self.sin, self.leads, kept, raw)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """Weights of the norms of all heads, ``[heads, size]``, and as the views that a rotation takes."""
+
+    flat: mx.array
+    views: tuple[mx.array, ...]
+
+    @classmethod
+    def of(cls, flat: mx.array, dims: int) -> HeadWeights:
+        """``dims``: how many numbers of a head are rotated."""
+        half = dims // 2
+        heads, size = flat.shape
+        return cls(flat, () if size % half else _views(flat.reshape(heads, -1, half)))
 
 
 def _views(runs: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -84,28 +109,27 @@ def _tables(positions: mx.array, speeds: mx.array, sign: mx.array) -> tuple[mx.a
 
 
 @partial(mx.compile, shapeless=True)
-def _turn(
-    x: mx.array, first: mx.array, second: mx.array, cos: mx.array, sin: mx.array, leads: mx.array
-) -> mx.array:
+def _turn(heads: tuple[mx.array, ...], cos: mx.array, sin: mx.array, leads: mx.array) -> mx.array:
+    """``heads``: all runs, the first and the second."""
+    x, first, second = heads
     partner = mx.where(leads, second, first).astype(mx.float32)
     return (x.astype(mx.float32) * cos + partner * sin).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
-def _scale_and_turn(
-    x: mx.array,
-    first: mx.array,
-    second: mx.array,
-    weight: mx.array,
-    weight_first: mx.array,
-    weight_second: mx.array,
+def _turn_some(
+    heads: tuple[mx.array, ...],
+    weights: tuple[mx.array, ...],
     cos: mx.array,
     sin: mx.array,
     leads: mx.array,
+    kept: mx.array,
+    raw: mx.array,
 ) -> mx.array:
-    scaled = (x * weight).astype(x.dtype).astype(mx.float32)
-    partner = mx.where(leads, second * weight_second, first * weight_first).astype(x.dtype).astype(mx.float32)
-    return (scaled * cos + partner * sin).astype(x.dtype)
+    """``weights``: views as those of ``heads``, or none."""
+    if weights:
+        heads = tuple((part * w).astype(part.dtype) for part, w in zip(heads, weights, strict=True))
+    return mx.where(kept, raw, _turn(heads, cos, sin, leads))
 
 
 @dataclass(frozen=True)

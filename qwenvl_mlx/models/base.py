@@ -30,6 +30,7 @@ class VisionLanguageModel(nn.Module, ABC):
         super().__init__()
         text = config.get("text_config") or config
         self.vocab_size = int(text.get("vocab_size", config.get("vocab_size", 0)))
+        self.sharded = False  # over several machines
 
     @classmethod
     @abstractmethod
@@ -47,6 +48,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     def shard(self, group: Group) -> None:
         """Called once before ``prepare``, to keep only this machine's part of the decoder's layers."""
+        self.sharded = True
         for module in self.modules():
             if module is not self and hasattr(module, "shard"):
                 module.shard(group)

@@ -19,6 +19,7 @@ from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.decoder import DecoderConfig, DecoderLayer
 from qwenvl_mlx.layers.delta_net import GatedDeltaNet
 from qwenvl_mlx.layers.mlp import MLP, SharedExperts
+from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.weights import rename, split_experts
 from qwenvl_mlx.models.mrope import text_section
 from qwenvl_mlx.models.qwen3_vl import Qwen3Model
@@ -67,7 +68,8 @@ class Model(Qwen3Model):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         text = from_dict(TextConfig, text_section(config), where="text_config")
-        layers = [_layer(text, index) for index in range(text.num_hidden_layers)]
+        rope = MRope.of(text_section(config), text.head_size, interleaved=True, defaults=ROPE)
+        layers = [_layer(text, index, rope.dims) for index in range(text.num_hidden_layers)]
         super().__init__(config, text, layers, rope=ROPE, image=248056, video=248057)
         self.linear = tuple(text.is_linear(index) for index in range(text.num_hidden_layers))
 
@@ -90,7 +92,7 @@ class Model(Qwen3Model):
         return Cache(kv.ArraysCache(2) if linear else kv.KVCache() for linear in self.linear)
 
 
-def _layer(config: TextConfig, index: int) -> DecoderLayer:
+def _layer(config: TextConfig, index: int, rotated: int) -> DecoderLayer:
     if config.is_linear(index):
         return DecoderLayer(config, _delta_net(config), _mlp(config), name="linear_attn")
     attention = GatedAttention(
@@ -100,6 +102,7 @@ def _layer(config: TextConfig, index: int) -> DecoderLayer:
         config.head_size,
         bias=config.attention_bias,
         norm_eps=config.rms_norm_eps,
+        rotated=rotated,
     )
     return DecoderLayer(config, attention, _mlp(config))
 

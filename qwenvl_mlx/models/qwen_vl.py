@@ -15,7 +15,7 @@ import numpy as np
 
 from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
-from qwenvl_mlx.layers.cache import Cache, kv
+from qwenvl_mlx.layers.cache import Cache, FixedKV, kv
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
 from qwenvl_mlx.layers.fused import attend_cached
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
@@ -84,35 +84,41 @@ class Config:
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self._heads = config.num_attention_heads
+        self.heads = config.num_attention_heads
         self._scale = config.kv_channels**-0.5
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
 
     def shard(self, group: Group) -> None:
         """Keep this machine's heads."""
-        self._heads = part_of(self._heads, group, "attention heads")
+        self.heads = part_of(self.heads, group, "attention heads")
         split_outputs(self.c_attn, group, segments=3)
         self.c_proj = split_inputs(self.c_proj, group)
 
     def __call__(
         self, residual: mx.array, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any
     ) -> mx.array:
-        batch, length, _ = x.shape
-        heads = apply(self.c_attn, x).reshape(batch, length, 3 * self._heads, -1).transpose(0, 2, 1, 3)
-        rotated = positions.rotate(heads[:, : 2 * self._heads])  # queries and keys in one call
-        query, key = rotated[:, : self._heads], rotated[:, self._heads :]
-        value = heads[:, 2 * self._heads :]
-        if layer is not None:
-            key, value = layer.update_and_fetch(key, value)
+        batch, length = len(x), 1 if x.ndim == 2 else x.shape[1]
+        heads = apply(self.c_attn, x).reshape(batch, length, 3 * self.heads, -1)
+        if isinstance(layer, FixedKV) and length == 1:
+            turned = positions.rotate(heads.transpose(2, 0, 1, 3)).swapaxes(0, 1)  # see Positions.by_heads
+            query, both = mx.split(turned, [self.heads], axis=1)
+            key, value = layer.write(both)
+        else:
+            heads = heads.transpose(0, 2, 1, 3)
+            rotated = positions.rotate(heads[:, : 2 * self.heads])  # queries and keys in one call
+            query, key = mx.split(rotated, 2, axis=1)
+            value = heads[:, 2 * self.heads :]
+            if layer is not None:
+                key, value = layer.update_and_fetch(key, value)
         scale = self._scale
         if isinstance(positions.query_factor, mx.array):
             query = query * positions.query_factor
         else:
             scale *= positions.query_factor
-        x = attend_cached(query, key, value, layer, scale=scale, mask=mask)
-        x = x.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-        return add_linear(residual, self.c_proj, x)
+        out = attend_cached(query, key, value, layer, scale=scale, mask=mask)
+        out = (out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(*x.shape[:-1], -1)
+        return add_linear(residual, self.c_proj, out)
 
 
 class MLP(nn.Module):
@@ -173,9 +179,14 @@ class Decoder(nn.Module):
 
     def __call__(self, x: mx.array, positions: Positions, layers: Sequence[Any]) -> mx.array:
         mask = attention.create_attention_mask(x, layers[0])
+        single = x.shape[1] == 1
+        if single and isinstance(layers[0], FixedKV):
+            heads = self.h[0].attn.heads
+            positions = positions.by_heads(2 * heads, 3 * heads)
+        x = x.squeeze(1) if single else x  # products of matrices cost no reshapes
         for block, layer in zip(self.h, layers, strict=True):
             x = block(x, positions, mask, layer)
-        return x
+        return x[:, None] if single else x
 
 
 class LanguageModel(nn.Module):
@@ -303,7 +314,8 @@ class Model(VisionLanguageModel):
         layers: Sequence[Any],
         last_only: bool,
     ) -> mx.array:
-        positions = self.config.rotary.at(offset, hidden.shape[1], alphas, hidden.dtype)
+        most = layers[0].capacity if isinstance(layers[0], FixedKV) else None
+        positions = self.config.rotary.at(offset, hidden.shape[1], alphas, hidden.dtype, most=most)
         hidden = self.language_model.model(hidden, positions, layers)
         hidden = hidden[:, -1:] if last_only else hidden
         return self.language_model.lm_head(self.language_model.model.ln_f(hidden))
