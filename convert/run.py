@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from qwenvl_mlx import __version__, hub
+from qwenvl_mlx.checkpoint.files import read_config
 from qwenvl_mlx.checkpoint.writing import write_json, write_shards, write_text
-from qwenvl_mlx.config import read_json
 from qwenvl_mlx.convert.calibrate import calibrate
 from qwenvl_mlx.convert.card import card
 from qwenvl_mlx.convert.carry import carry_over, checksums
@@ -79,7 +79,7 @@ def convert(
     refuse_existing(target)
     source = hub.resolve(hf_path, revision=revision)
     name = source.resolve().name if Path(hf_path).expanduser().is_dir() else str(hf_path)
-    plan = make_plan(source, read_json(source / "config.json"), options)
+    plan = make_plan(source, read_config(source), options)
     with finished_folder(target) as folder:
         if q_calibrate:
             plan = _calibrated(plan, source, None if q_calibrate is True else Path(q_calibrate))

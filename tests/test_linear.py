@@ -34,16 +34,6 @@ def test_rows_of_a_batch_are_those_of_single_rows(kind: str, shape: tuple[int, .
         np.testing.assert_allclose(given, wanted, atol=1e-5)  # float32: other shapes round differently
 
 
-@pytest.mark.parametrize("shape", [(2, 64), (3, 5, 64)])
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_scales_wider_than_the_model_do_not_widen_it(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
-    layer, x = layer_of("quantised"), mx.random.normal(shape).astype(dtype)
-    assert layer.scales.dtype == mx.float32
-    exact = layer(x.astype(mx.float32))
-    assert apply(layer, x).dtype == add_linear(x[..., :1], layer, x).dtype == dtype
-    np.testing.assert_array_equal(apply(layer, x).astype(mx.float32), exact.astype(dtype).astype(mx.float32))
-
-
 @pytest.mark.parametrize("kind", ["plain", "biased"])
 def test_sums_see_a_batch_as_one_matrix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []

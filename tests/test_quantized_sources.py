@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden import Case, greedy, same_until_unclear
+from golden import Case
 from helpers import reference
 from mlx.utils import tree_flatten
 
 from qwenvl_mlx.checkpoint import load_model, read
 from qwenvl_mlx.checkpoint.quantized import unpack
+from qwenvl_mlx.convert.__main__ import main
 from qwenvl_mlx.errors import CheckpointError, ConfigError
 from qwenvl_mlx.media import Prompt
 
@@ -208,18 +209,55 @@ def test_logits_and_greedy_tokens_equal_the_goldens(generation: str, kind: str, 
     assert int(logits[-1].argmax()) == int(case["greedy"][0, 0])
 
 
-@pytest.mark.parametrize(("generation", "kind", "folder"), KINDS[:2])
-def test_half_precision_stays_half_precision(generation: str, kind: str, folder: str) -> None:
-    """Scales in float32 must not widen activations and KV cache; greedy tokens are still those of the reference."""
+@pytest.mark.parametrize(
+    ("generation", "kind", "folder", "file", "keys"),
+    [
+        ("qwen2_vl", "gptq-int4", "tiny-gptq-int4", "quantize_config.json", {}),
+        (
+            "qwen2_5_vl",
+            "awq",
+            "tiny-awq",
+            "quant_config.json",
+            {"bits": "w_bit", "group_size": "q_group_size"},
+        ),
+    ],
+)
+def test_settings_in_the_quantisers_own_file(
+    generation: str, kind: str, folder: str, file: str, keys: dict[str, str], tmp_path: Path
+) -> None:
+    """As AutoGPTQ and AutoAWQ write them, with nothing about it in config.json."""
+    source = shutil.copytree(reference(f"{generation}/{folder}"), tmp_path / "source")
+    source.chmod(0o755)
+    config = json.loads((source / "config.json").read_text())
+    settings = {keys.get(key, key): value for key, value in config.pop("quantization_config").items()}
+    del settings["quant_method"]
+    (source / "config.json").unlink()
+    (source / "config.json").write_text(json.dumps(config))
+    (source / file).write_text(json.dumps(settings))
     case = Case.load(generation, kind)
-    model = load_model(reference(f"{generation}/{folder}"))
-    cache = model.make_cache()
-    prompt = case.prompts(model)[0]  # type: ignore[arg-type]
-    logits = model(model.embed(prompt.input_ids, model.encode(prompt.media), prompt.media), cache)
-    arrays = [logits, *(array for layer in cache for array in (layer.keys, layer.values))]
-    assert {array.dtype for array in arrays} == {mx.float16}
-    tokens, steps = greedy(model, logits, cache, case["greedy"].shape[1])  # type: ignore[arg-type]
-    assert same_until_unclear(tokens, case["greedy"], steps)
+    assert main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    for path in (source, tmp_path / "out"):
+        model = load_model(path, "float32")
+        logits = np.array(model.logits(case.prompts(model)[0]))[0, -12:]  # type: ignore[arg-type]
+        np.testing.assert_allclose(logits, case["logits"][0], atol=TOLERANCE)
+    assert not (tmp_path / "out" / file).exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_exact_scales_leave_a_half_precision_model_its_type(dtype: str | None) -> None:
+    """AWQ's ``scale * zero`` needs float32; the activations and the KV cache of a float16 model do not."""
+    case = Case.load("qwen2_5_vl", "awq")
+    model = load_model(reference("qwen2_5_vl/tiny-awq"), dtype)
+    parameters = dict(tree_flatten(model.parameters()))
+    assert parameters["language_model.model.norm.weight"].dtype == mx.float16
+    scales = [array for name, array in parameters.items() if name.endswith(".scales")]
+    assert {array.dtype for array in scales} == {mx.float32}
+    prompt, cache = case.prompts(model)[0], model.make_cache()  # type: ignore[arg-type]
+    embedded = model.embed(prompt.input_ids, model.encode(prompt.media), prompt.media)
+    logits = model(embedded, cache)
+    assert {array.dtype for layer in cache for array in (layer.keys, layer.values)} == {mx.float16}
+    ours = np.array(logits.astype(mx.float32))[0, -12:]
+    np.testing.assert_allclose(ours, case["logits"][0], atol=0.05)
 
 
 def test_the_original_int4_model(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwenvl_mlx.config import read_json
 from qwenvl_mlx.errors import CheckpointError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d+)-of-(?P<parts>\d+)(?P<suffix>\.(safetensors|bin))")
+GPTQ_FILE, AWQ_FILE = "quantize_config.json", "quant_config.json"
+AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -25,6 +28,23 @@ class WeightFiles:
     @property
     def torch(self) -> bool:
         return self.paths[0].suffix == ".bin"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``, with the quantiser's own file under ``quantization_config`` where only that one has settings.
+
+    AutoGPTQ writes ``quantize_config.json``, AutoAWQ once wrote ``quant_config.json``. Raises ``CheckpointError``.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("quantization") or config.get("quantization_config"):
+        return config
+    if (folder / GPTQ_FILE).is_file():
+        config["quantization_config"] = {"quant_method": "gptq", **read_json(folder / GPTQ_FILE)}
+    elif (folder / AWQ_FILE).is_file():
+        given = read_json(folder / AWQ_FILE)
+        renamed = {new: given[old] for old, new in AWQ_KEYS.items() if old in given}
+        config["quantization_config"] = {"quant_method": "awq", **given, **renamed}
+    return config
 
 
 def find_weights(folder: Path) -> WeightFiles:

@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from qwenvl_mlx.checkpoint.files import brief, some
+from qwenvl_mlx.checkpoint.files import brief, read_config, some
 from qwenvl_mlx.checkpoint.quantized import unpack
 from qwenvl_mlx.checkpoint.reading import Weights, open_checkpoint
-from qwenvl_mlx.config import one_of, read_json
+from qwenvl_mlx.config import one_of
 from qwenvl_mlx.errors import CheckpointError, ConfigError
 from qwenvl_mlx.layers.shard import Group
 from qwenvl_mlx.models import model_class
@@ -46,7 +46,7 @@ def load_model(
     Raises ``CheckpointError`` or ``ConfigError``.
     """
     folder = Path(path)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     model = build(config)
     # Held by nobody but the model: what prepare() joins is freed layer by layer.
     fill(model, read_all(folder, type(model), config, mlx_dtype(dtype)), folder)
@@ -91,8 +91,13 @@ def mlx_dtype(name: str | None) -> mx.Dtype | None:
 def cast_floating(
     name: str, array: mx.array, cls: type[VisionLanguageModel], dtype: mx.Dtype | None
 ) -> mx.array:
-    """``array`` in ``dtype``, unless it holds integers, or the generation wants it in float32."""
+    """``array`` in ``dtype``, unless it holds integers, or the generation wants it in float32.
+
+    Scales of packed integers are never narrowed: that would round the weights anew.
+    """
     if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    if name.endswith((".scales", ".biases")) and array.dtype.size > dtype.size:
         return array
     return array.astype(mx.float32 if cls.keep_float32(name) else dtype)
 

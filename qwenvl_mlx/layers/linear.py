@@ -49,14 +49,16 @@ def map_rows(layer: nn.Module, change: Callable[[str], mx.array]) -> nn.Module:
 
 
 def apply(layer: nn.Module, x: mx.array) -> mx.array:
-    """``layer(x)`` of ``[L, inputs]`` or ``[B, L, inputs]``, all rows of a batch in one product, in the type of ``x``.
+    """``layer(x)`` of ``[L, inputs]`` or ``[B, L, inputs]`` in the type of ``x``, all rows of a batch in one product.
 
     MLX's sum with a bias goes through a batch row by row on CPUs, and reads the weights anew for each. Its quantised
-    products have the type of their scales, which may be wider than the model's: those of AWQ are kept exact.
+    products have the type of the scales where that is wider: exact scales of AWQ are float32 in a float16 model.
     """
-    rows = x if x.ndim < 3 or len(x) == 1 else x.flatten(0, 1)
-    product: mx.array = layer(rows).astype(x.dtype)
-    return product if rows is x else mx.unflatten(product, 0, x.shape[:2])
+    flat = x if x.ndim < 3 or len(x) == 1 else x.flatten(0, 1)
+    out: mx.array = layer(flat)
+    if "scales" in layer and out.dtype != x.dtype:
+        out = out.astype(x.dtype)
+    return out if flat is x else mx.unflatten(out, 0, x.shape[:2])
 
 
 def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
