@@ -260,6 +260,25 @@ def test_exact_scales_leave_a_half_precision_model_its_type(dtype: str | None) -
     np.testing.assert_allclose(ours, case["logits"][0], atol=0.05)
 
 
+@pytest.mark.parametrize("source", ["qwen3_5/tiny", "qwen3_5_moe/tiny-hub", "qwen3_vl_moe/tiny-hub"])
+def test_wide_scales_widen_no_kind_of_layer(source: str, tmp_path: Path) -> None:
+    """Gated attention, delta nets and experts."""
+    options = ["-q", "--q-group-size", "32", "--dtype", "float16", "--q-report", "weights"]
+    assert main(["--hf-path", str(reference(source)), "--mlx-path", str(tmp_path / "mlx"), *options]) == 0
+    wide = {
+        name: array.astype(mx.float32)
+        if ".layers." in name and name.endswith(("scales", "biases"))
+        else array
+        for name, array in read(tmp_path / "mlx").items()
+    }
+    mx.save_safetensors(str(tmp_path / "mlx" / "model-00001-of-00001.safetensors"), wide)
+    model = load_model(tmp_path / "mlx")
+    cache = model.make_cache()
+    model.decode(mx.array([[40]]), cache)
+    arrays = [array for layer in cache for array in (getattr(layer, "cache", None) or (layer.keys,))[:1]]
+    assert {array.dtype for array in arrays} == {mx.float16}
+
+
 def test_the_original_int4_model(tmp_path: Path) -> None:
     """GPTQ decoder blocks, with everything else (and biases of zeros on four of five layers) in half precision."""
     int4, plain = reference("qwen_vl/ckpt/tiny_hd128_int4"), reference("qwen_vl/ckpt/tiny_hd128")

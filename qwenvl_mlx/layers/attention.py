@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from qwenvl_mlx.layers.cache import Cache, FixedKV
 from qwenvl_mlx.layers.fused import attend_cached
-from qwenvl_mlx.layers.linear import join, join_children, joinable, map_rows, project
+from qwenvl_mlx.layers.linear import apply, join, join_children, joinable, map_rows, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles, HeadWeights
@@ -177,8 +177,8 @@ class GatedAttention(Attention):
 
     def _gate_and_heads(self, x: mx.array) -> tuple[mx.array, mx.array]:
         if "qkv_proj" in self:
-            gate, qkv = mx.split(self.qkv_proj(x), [self.heads * self.size], axis=-1)
+            gate, qkv = mx.split(apply(self.qkv_proj, x), [self.heads * self.size], axis=-1)
             return gate, qkv
-        pairs = mx.unflatten(self.q_proj(x), -1, (self.heads, 2, self.size))
+        pairs = mx.unflatten(apply(self.q_proj, x), -1, (self.heads, 2, self.size))
         query, gate = (pairs[..., half, :].flatten(-2) for half in (0, 1))
-        return gate, mx.concatenate([query, self.k_proj(x), self.v_proj(x)], axis=-1)
+        return gate, mx.concatenate([query, apply(self.k_proj, x), apply(self.v_proj, x)], axis=-1)

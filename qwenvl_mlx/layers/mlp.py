@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.layers.exponential import exp_pays, sigmoid
-from qwenvl_mlx.layers.linear import join_children, joinable, project
+from qwenvl_mlx.layers.linear import apply, join_children, joinable, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.shard import Group, split_inputs, split_inputs_unsummed, split_outputs
 
@@ -57,7 +57,7 @@ class MLP(nn.Module):
         return swiglu(project(self, GATE_UP, "gate_up_proj", x))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.inner(x))
+        return apply(self.down_proj, self.inner(x))
 
 
 class Halves(nn.Module):
@@ -125,7 +125,7 @@ class SharedExperts(Experts):
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _add_gated(super().__call__(x), self.shared_expert_gate(x), self.shared_expert(x))
+        return _add_gated(super().__call__(x), apply(self.shared_expert_gate, x), self.shared_expert(x))
 
 
 def _join_outputs(first: nn.Module, second: nn.Module) -> nn.Module:
