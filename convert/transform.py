@@ -91,6 +91,8 @@ class Computed(NamedTuple):
 def compute(plan: Plan, weights: Weights) -> Computed:
     """Tensors of one batch of the source -> those of the result."""
     dtype = mlx_dtype(plan.options.dtype)
+    # What is quantised anew is not rounded before, unless to a type that was asked for: FP8 goes through float32.
+    exact = arrange(weights, plan.cls, plan.config, dtype or mx.float32) if plan.wanted else {}
     weights = arrange(weights, plan.cls, plan.config, dtype)
     weights = without_zero_biases(weights, dict.fromkeys(plan.parameters))
     result = Computed({}, {})
@@ -102,17 +104,20 @@ def compute(plan: Plan, weights: Weights) -> Computed:
         if quantised and kind == "weight":
             _add_requantised(result, plan, path, weights)
         elif kind == "weight" and path in plan.wanted:
-            _add_quantised(result, plan, path, cast_floating(name, array, plan.cls, dtype))
+            original = cast_floating(name, exact[name], plan.cls, dtype)
+            _add_quantised(result, plan, path, original, dtype or array.dtype)
         else:
             result.weights[name] = cast_floating(name, array, plan.cls, dtype)
     return result
 
 
-def quantise(path: str, weight: mx.array, settings: Settings) -> Weights:
-    """The tensors of one quantised module."""
-    parts = mx.quantize(weight, settings.group_size, settings.bits, mode=settings.mode)
+def quantise(path: str, weight: mx.array, settings: Settings, dtype: mx.Dtype) -> Weights:
+    """The tensors of one quantised module; ``dtype``: of scales and biases in affine mode."""
+    packed, *rest = mx.quantize(weight, settings.group_size, settings.bits, mode=settings.mode)
+    if settings.mode == "affine":
+        rest = [part.astype(dtype) for part in rest]
     kinds = ("weight", "scales", "biases")
-    return {f"{path}.{kind}": part for kind, part in zip(kinds, parts, strict=False)}
+    return {f"{path}.{kind}": part for kind, part in zip(kinds, (packed, *rest), strict=False)}
 
 
 def dequantise(path: str, weights: Weights, settings: Settings, dtype: mx.Dtype) -> mx.array:
@@ -177,8 +182,8 @@ def relative_error(original: mx.array, weights: Weights, path: str, settings: Se
     return float(np.linalg.norm(np.array(difference))) / norm if norm else 0.0
 
 
-def _add_quantised(result: Computed, plan: Plan, path: str, weight: mx.array) -> None:
-    result.weights.update(plan.calibrated.get(path) or quantise(path, weight, plan.wanted[path]))
+def _add_quantised(result: Computed, plan: Plan, path: str, weight: mx.array, dtype: mx.Dtype) -> None:
+    result.weights.update(plan.calibrated.get(path) or quantise(path, weight, plan.wanted[path], dtype))
     result.originals[path] = weight
 
 
@@ -193,11 +198,11 @@ def _add_requantised(result: Computed, plan: Plan, path: str, weights: Weights) 
         names = [f"{path}.{kind}" for kind in ("weight", "scales", "biases") if f"{path}.{kind}" in weights]
         result.weights.update((name, cast_floating(name, weights[name], plan.cls, dtype)) for name in names)
         return
-    weight = dequantise(path, weights, present, dtype or _stored_dtype(plan.config))
+    stored = dtype or _stored_dtype(plan.config)
     if wanted is None:
-        result.weights[f"{path}.weight"] = weight
+        result.weights[f"{path}.weight"] = dequantise(path, weights, present, stored)
     else:
-        _add_quantised(result, plan, path, weight)
+        _add_quantised(result, plan, path, dequantise(path, weights, present, dtype or mx.float32), stored)
 
 
 def _recipe_of(outlines: Weights, modules: Mapping[str, int]) -> Recipe:

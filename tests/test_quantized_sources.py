@@ -294,6 +294,20 @@ def test_the_original_int4_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, golden["text/logits_last4"], atol=TOLERANCE)
 
 
+def test_quantising_anew_rounds_once(tmp_path: Path) -> None:
+    """FP8 values times their scales need more bits than bfloat16 has: it is those that are quantised."""
+    source = reference("qwen3_vl/tiny-fp8")
+    options = ["-q", "--q-bits", "8", "--q-group-size", "32", "--q-report", "weights"]
+    assert main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "mlx"), *options]) == 0
+    original = unpack(read(source), json.loads((source / "config.json").read_text()), mx.float32)
+    result = read(tmp_path / "mlx")
+    module = "layers.1.mlp.down_proj"
+    packed, scales, biases = mx.quantize(original[f"model.language_model.{module}.weight"], 32, 8)
+    expected = {"weight": packed, "scales": scales.astype(mx.bfloat16), "biases": biases.astype(mx.bfloat16)}
+    for kind, array in expected.items():
+        assert mx.array_equal(result[f"language_model.model.{module}.{kind}"], array), kind
+
+
 # ---- defects
 
 
