@@ -55,10 +55,12 @@ def upload(folder: Path, repo: str) -> None:
     try:
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload MLX weights")
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
+    # RuntimeError: how the client wraps what went wrong with one file
+    except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]
         raise HubError(
-            f"{repo} could not be uploaded ({_first_line(error)}): log in with 'hf auth login'; the folder {folder} is "
-            "complete, only the upload failed"
+            f"{repo} could not be uploaded ({_first_line(error)}): check the network, or log in with 'hf auth login' "
+            f"as one who may write there; {folder} is complete, only the upload failed: repeat it with "
+            f"'hf upload {repo} {folder}'"
         ) from error
 
 

@@ -290,22 +290,6 @@ def test_a_card_that_can_not_be_read_is_no_obstacle(tmp_path: Path) -> None:
     assert (convert(source, tmp_path / "m") / "README.md").exists()
 
 
-def test_uploading_hands_over_the_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    class Api:
-        def create_repo(self, repo: str, **_: Any) -> None:
-            calls.append(repo)
-
-        def upload_folder(self, *, folder_path: Path, repo_id: str, **_: Any) -> None:
-            calls.append((repo_id, (folder_path / "model.safetensors.index.json").exists()))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    convert(reference(f"{ORIGINAL}/bin_bf16"), tmp_path / "m", upload_repo="me/mine")
-    assert "--model me/mine " in (tmp_path / "m" / "README.md").read_text()
-    assert calls == ["me/mine", ("me/mine", True)]
-
-
 def test_an_upload_that_fails_leaves_the_folder(tmp_path: Path) -> None:
     """HF_HUB_OFFLINE is set in the tests."""
     with pytest.raises(HubError, match="only the upload failed"):
