@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi.routing import APIRoute, APIRouter
 from starlette.responses import Response
 
 from qwenvl_mlx import __version__
+from qwenvl_mlx.engine.memory import give_back
 from qwenvl_mlx.server import chat, completions, errors, pages, schema
 from qwenvl_mlx.server.errors import ApiError
 from qwenvl_mlx.server.guard import Guard
@@ -21,6 +23,8 @@ from qwenvl_mlx.server.respond import unless_gone
 from qwenvl_mlx.server.settings import Settings
 from qwenvl_mlx.server.shelf import Shelf
 from qwenvl_mlx.server.state import State
+
+SECONDS_BETWEEN_TIDYING = 20
 
 
 class StrictRequest(Request):
@@ -59,7 +63,9 @@ def create_app(shelf: Shelf, settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(_tidy())
         yield
+        tidying.cancel()
         await shelf.close()
 
     app = FastAPI(title="qwenvl-mlx", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -77,6 +83,13 @@ def create_app(shelf: Shelf, settings: Settings | None = None) -> FastAPI:
         )
     app.add_middleware(Guard, settings=settings, metrics=state.metrics)
     return app
+
+
+async def _tidy() -> None:
+    """Pictures, texts and arrays of all sizes come and go: without this the heap's holes would add up for days."""
+    while True:
+        await asyncio.sleep(SECONDS_BETWEEN_TIDYING)
+        await asyncio.to_thread(give_back)
 
 
 def _api(state: State) -> APIRouter:

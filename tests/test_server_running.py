@@ -240,6 +240,17 @@ def test_the_python_example_of_the_readme_runs(
     assert capsys.readouterr().out
 
 
+def test_the_heap_is_tidied_now_and_then(tiny_chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+    monkeypatch.setattr("qwenvl_mlx.server.app.SECONDS_BETWEEN_TIDYING", 0.05)
+    monkeypatch.setattr("qwenvl_mlx.server.app.give_back", lambda: times.append(time.monotonic()))
+    with serving(echo_shelf(EchoEngine(processor_of(tiny_chat)))):
+        wait_for(lambda: len(times) >= 3)
+    ended = len(times)
+    time.sleep(0.2)
+    assert len(times) == ended
+
+
 def test_metrics_count(told: OpenAI, echo_url: str) -> None:
     chat(told, "say:hello", max_tokens=99)
     text = urllib.request.urlopen(f"{echo_url}/metrics").read().decode()
