@@ -10,6 +10,7 @@ import pytest
 from fakes import FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions
+from qwenvl_mlx.engine.batch import Batch
 from qwenvl_mlx.engine.pace import LEAST_TOKENS, REMAINDER, STALL, Pace, Paces
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.stages import Stages
@@ -59,10 +60,6 @@ class Slow(FakeModel):
             yield mx.zeros((1,))
         return self.encode([media])[0]
 
-    def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
-        self.diary.append(("decode", 0))
-        return super().decode(tokens, cache)
-
     def longest_pause(self) -> float:
         """Seconds of reading and looking between two steps, from the first step to the last."""
         steps = [index for index, (what, _) in enumerate(self.diary) if what == "decode"]
@@ -73,7 +70,13 @@ class Slow(FakeModel):
 @pytest.mark.parametrize("question", ["x" * 1500, ask("x", picture(1, 100))], ids=["text", "picture"])
 def test_running_answers_wait_a_moment_only(question: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwenvl_mlx.engine.pace.LEAST_PATCHES", 10)
-    model = Slow()
+    model, plain = Slow(), Batch._decode
+
+    def noted(batch: Batch, tokens: mx.array) -> mx.array:
+        model.diary.append(("decode", 0))
+        return plain(batch, tokens)
+
+    monkeypatch.setattr(Batch, "_decode", noted)
     with Engine(model, FakeProcessor(), EngineOptions(prefill_chunk=1024, cache_bytes=0)) as engine:
         running = engine.submit("y" * 60, GenerationOptions(max_tokens=4000, ignore_eos=True, logprobs=0))
         engine.generate(question, GenerationOptions(max_tokens=1))  # type: ignore[arg-type]
