@@ -12,11 +12,10 @@ from typing import Any, cast
 import mlx.core as mx
 
 from qwenvl_mlx.checkpoint import load_model
-from qwenvl_mlx.checkpoint.loading import build
 from qwenvl_mlx.config import read_json
 from qwenvl_mlx.convert.answers import Known, know, known_answers
 from qwenvl_mlx.convert.probes import probes
-from qwenvl_mlx.convert.transform import Plan
+from qwenvl_mlx.convert.transform import Plan, empty_result
 from qwenvl_mlx.engine.kv import kv_cost
 from qwenvl_mlx.errors import QwenVLError
 from qwenvl_mlx.media import Prompt
@@ -100,7 +99,7 @@ def measure(plan: Plan, source: Path, result: Path, errors: Mapping[str, float])
     weight_bytes = sum(outline.nbytes for outline in plan.outlines.values())
     parameters = dict(_sizes(plan))
     behaviour, note = _behaviour(plan, source, result)
-    cost = kv_cost(build(plan.config), None)
+    cost = kv_cost(empty_result(plan), None)
     return Quality(
         errors=errors,
         behaviour=behaviour,

@@ -75,10 +75,23 @@ def make_plan(folder: Path, config: Mapping[str, Any], options: ConvertOptions) 
                 raise CheckpointError(f"{folder}: two tensors become {name}: the folder mixes checkpoints")
             outlines[name], owners[name] = array, batch
     recipe = _recipe_of(outlines, modules)
-    nn.quantize(model, class_predicate=lambda path, _: recipe[path].as_dict() if path in recipe else False)
+    quantise_modules(model, recipe)
     check_names(outlines, dict(tree_flatten(model.parameters())), folder)
     sizes = {name: Outline(array.shape, array.dtype) for name, array in outlines.items()}
     return Plan(plan.source, cls, config, options, modules, wanted, recipe, parameters, sizes, owners)
+
+
+def quantise_modules(model: VisionLanguageModel, recipe: Recipe) -> None:
+    """Give the modules of a recipe their quantised form."""
+    nn.quantize(model, class_predicate=lambda path, _: recipe[path].as_dict() if path in recipe else False)
+
+
+def empty_result(plan: Plan) -> VisionLanguageModel:
+    """The model that the result will be, with the types of all its arrays and no values."""
+    model = build(plan.config)
+    quantise_modules(model, plan.recipe)
+    model.load_weights([(name, mx.zeros(part.shape, part.dtype)) for name, part in plan.outlines.items()])
+    return model
 
 
 class Computed(NamedTuple):

@@ -27,6 +27,7 @@ from qwenvl_mlx.checkpoint import load_model, read, writing
 from qwenvl_mlx.convert import folder, main
 from qwenvl_mlx.convert.options import ConvertOptions, Settings, make_options
 from qwenvl_mlx.convert.recipe import make_recipe
+from qwenvl_mlx.engine.kv import kv_cost
 from qwenvl_mlx.errors import ConfigError, HubError, OutputError
 from qwenvl_mlx.media import Prompt
 
@@ -235,6 +236,17 @@ def test_the_report_says_what_quantising_cost(tmp_path: Path) -> None:
     }
     assert four["weight_bytes"] == sum(array.nbytes for array in read(tmp_path / "4").values())
     assert four["weight_bytes"] < eight["weight_bytes"] < four["expected_memory_bytes"]
+
+
+@pytest.mark.parametrize("source", ["qwen2_vl/tiny-gptq-int4", "qwen3_5/tiny", f"{ORIGINAL}/bin_bf16"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"quantize": True, "q_group_size": 32}])
+def test_the_expected_memory_is_what_the_loaded_model_takes(
+    tmp_path: Path, source: str, options: dict[str, Any]
+) -> None:
+    result = convert(reference(source), tmp_path / "m", **options)
+    report = json.loads((result / "quality.json").read_text())
+    cost = kv_cost(load_model(result), None)
+    assert report["expected_memory_bytes"] == report["weight_bytes"] + 4096 * cost.token + cost.fixed
 
 
 def test_the_errors_in_the_report_are_those_of_the_weights(tmp_path: Path) -> None:
