@@ -29,8 +29,7 @@ def right(turn: Turn, said: str, scene: Scene) -> bool:
 
 def run(engine: Engine, scale: float, kind: str, scenes: list[Scene], dialogue: Dialogue) -> list[str]:
     """What the model says in one dialogue, with its own answers as its memory."""
-    messages, told = [], []
-    frames = [frame for scene in scenes for frame in (scene.frames or [scene.picture])]
+    messages, told, frames = [], [], [f for scene in scenes for f in (scene.frames or [scene.picture])]
     seen = [f.resize((round(scale * f.width), round(scale * f.height))) for f in frames]
     media = [{"type": "image", "image": picture} for picture in seen]
     media = [{"type": "video", "video": seen, "fps": 2}] if kind == "video" else media

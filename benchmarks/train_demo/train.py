@@ -8,7 +8,7 @@ from random import Random
 import torch
 import torch.distributed as dist
 from data import draw
-from model import DEMO, DenseHeads, Packer, build_model, build_tokenizer, label, see
+from model import DEMO, IMAGE, DenseHeads, Packer, build_model, build_tokenizer, label, see
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -61,10 +61,10 @@ def update(makers: list[torch.optim.Optimizer], part: float, flat: float) -> Non
 
 def main(out: Path) -> None:
     """One of two processes; what a step sees depends on stage, step and rank only."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, path, tokenizer = dist.get_rank(), out / "state.pt", build_tokenizer()
     model, packer = build_model(tokenizer), Packer(tokenizer)
+    assert model.config.image_token_id == packer.encode(IMAGE)[0], "mend the ids in config.json"
     heads = DenseHeads(tokenizer, model.config.text_config.hidden_size)
     params = [p.detach() for p in model.parameters()]
     state = {"stage": 0, "step": 0, "model": model.state_dict(), "heads": heads.state_dict(), "makers": []}
