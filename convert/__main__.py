@@ -99,16 +99,16 @@ def _convert(args: argparse.Namespace) -> None:
         upload_repo=args.upload_repo,
     )
     print(result.folder)
-    if result.quality.errors:
-        print_quality(result.quality)
+    print_quality(result.quality)
 
 
 def print_quality(quality: Quality) -> None:
     """The report in a few lines; all of it is in ``quality.json``."""
     for what, value in quality.rows():
         print(f"  {what}: {value}")
-    worst = ", ".join(f"{path} {error:.2%}" for path, error in quality.worst(3))
-    print(f"  largest relative errors: {worst}")
+    if quality.errors:
+        worst = ", ".join(f"{path} {error:.2%}" for path, error in quality.worst(3))
+        print(f"  largest relative errors: {worst}")
     if quality.note:
         print(f"  ({quality.note})")
 

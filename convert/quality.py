@@ -125,8 +125,9 @@ def _sizes(plan: Plan) -> Mapping[str, int]:
 
 def _behaviour(plan: Plan, source: Path, result: Path) -> tuple[Behaviour | None, str]:
     report = plan.options.report
-    if not plan.recipe:
-        return None, ""
+    rounded = plan.options.dtype or plan.options.dequantise or plan.config.get("quantization_config")
+    if not (plan.recipe or rounded):
+        return None, ""  # every value is as it was
     if report == "weights":
         return None, "behaviour was not asked for"
     if report == "auto" and _source_bytes(plan) > SMALL_SOURCE:
@@ -163,6 +164,7 @@ def compare(source: Path, result: Path, prompts: list[Prompt]) -> Behaviour:
         divergence += cast(float, mx.sum(mx.exp(one) * (one - two)).item())
         agreed += cast(int, mx.sum(mx.argmax(one, axis=-1) == mx.argmax(two, axis=-1)).item())
         positions += one.shape[0]
+    divergence = max(divergence, 0.0)  # sums of float32 may end just below
     return Behaviour(round(divergence / positions, 6), round(agreed / positions, 6), positions, len(prompts))
 
 

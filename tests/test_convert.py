@@ -238,6 +238,32 @@ def test_the_report_says_what_quantising_cost(tmp_path: Path) -> None:
     assert four["weight_bytes"] < eight["weight_bytes"] < four["expected_memory_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "most"),
+    [
+        ("qwen2_vl/tiny-hub", [], None),
+        ("qwen2_vl/tiny-hub", ["--dtype", "float16"], 1e-4),
+        ("qwen2_vl/tiny-gptq-int4", [], 0),
+        ("qwen2_vl/tiny-gptq-int4", ["-d"], 1e-4),
+        ("qwen2_vl/tiny-gptq-int4", ["-q", "--q-bits", "8", "--q-group-size", "32"], 0.005),
+        ("qwen3_vl/tiny-fp8", [], 1e-3),
+        ("qwen3_vl/tiny-fp8", ["--q-vision"], 2e-3),
+    ],
+)
+def test_every_conversion_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, options: list[str], most: float | None
+) -> None:
+    """Bounds: the divergence, None where no value changes and none is measured."""
+    assert main(["--hf-path", str(reference(source)), "--mlx-path", str(tmp_path / "m"), *options]) == 0
+    told = capsys.readouterr().out
+    assert "size of the weights" in told
+    assert "memory with 4096 tokens" in told
+    behaviour = json.loads((tmp_path / "m" / "quality.json").read_text())["behaviour"]
+    assert ("KL divergence" in told) == (behaviour is not None) == (most is not None)
+    if behaviour:
+        assert 0 <= behaviour["kl_divergence"] <= most
+
+
 @pytest.mark.parametrize("source", ["qwen2_vl/tiny-gptq-int4", "qwen3_5/tiny", f"{ORIGINAL}/bin_bf16"])
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"quantize": True, "q_group_size": 32}])
 def test_the_expected_memory_is_what_the_loaded_model_takes(
