@@ -12,7 +12,6 @@ from typing import Any, cast
 import mlx.core as mx
 
 from qwenvl_mlx.checkpoint import load_model
-from qwenvl_mlx.config import read_json
 from qwenvl_mlx.convert.answers import Known, know, known_answers
 from qwenvl_mlx.convert.probes import probes
 from qwenvl_mlx.convert.transform import Plan, empty_result
@@ -135,7 +134,7 @@ def _behaviour(plan: Plan, source: Path, result: Path) -> tuple[Behaviour | None
     if not fits_memory(plan):
         return None, "behaviour was not measured: the source does not fit into this machine's memory"
     try:
-        processor = load_processor(result, read_json(result / "config.json"))
+        processor = load_processor(source, plan.config)
         prompts, asked = list(probes(processor)), known_answers(source, processor)
     except QwenVLError as error:
         return None, f"behaviour was not measured: {error}"

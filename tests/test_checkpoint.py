@@ -19,6 +19,7 @@ from helpers import reference
 from mlx.utils import tree_flatten
 
 from qwenvl_mlx.checkpoint import load_model, open_checkpoint, read
+from qwenvl_mlx.checkpoint.files import find_weights, read_config
 from qwenvl_mlx.errors import CheckpointError, ConfigError
 
 
@@ -271,6 +272,22 @@ def test_the_torch_format_before_zip_is_refused_with_the_cure(tmp_path: Path) ->
     save_torch(tmp_path, {"a": torch.ones(2)}, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"before 1\.6.*torch\.save"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "cure"),
+    [
+        (["m.gguf"], "take the checkpoint that they were made from"),
+        (["m.gguf", "config.json"], "take the checkpoint that they were made from"),
+        (["adapter_config.json", "adapter_model.safetensors"], "merge it into its base model first"),
+    ],
+)
+def test_other_kinds_of_folders_are_told_with_the_cure(tmp_path: Path, names: list[str], cure: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text('{"model_type": "qwen2_vl"}')
+    step = find_weights if "config.json" in names else read_config
+    with pytest.raises(CheckpointError, match=cure):
+        step(tmp_path)
 
 
 def test_an_empty_folder_and_no_folder_are_told_apart(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d+)-of-(?P<parts>\d+)(?P<suffix>\.(safetensors|bin))")
 GPTQ_FILE, AWQ_FILE = "quantize_config.json", "quant_config.json"
 AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
+OTHER_KINDS = {
+    "*.gguf": "GGUF files, which are not read here: take the checkpoint that they were made from",
+    "adapter_config.json": "an adapter, not a model: merge it into its base model first (peft: merge_and_unload)",
+}
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -35,6 +39,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     AutoGPTQ writes ``quantize_config.json``, AutoAWQ once wrote ``quant_config.json``. Raises ``CheckpointError``.
     """
+    if not (folder / "config.json").exists():
+        _refuse_other_kinds(folder)
     config = read_json(folder / "config.json")
     if config.get("quantization") or config.get("quantization_config"):
         return config
@@ -64,7 +70,14 @@ def find_weights(folder: Path) -> WeightFiles:
         if paths:
             _no_shard_missing(folder, paths)
             return WeightFiles(tuple(paths))
+    _refuse_other_kinds(folder)
     raise CheckpointError(f"{folder} holds no weights (*.safetensors or *.bin): is the download complete?")
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    for pattern, what in OTHER_KINDS.items():
+        if any(folder.glob(pattern)):
+            raise CheckpointError(f"{folder} holds {what}")
 
 
 def _indexed(folder: Path, path: Path) -> WeightFiles:
