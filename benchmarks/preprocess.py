@@ -1,4 +1,4 @@
-"""A 12-megapixel photo to rows of patches: our CPU time and memory next to transformers' Pillow processor.
+"""A 12-megapixel photo to patches: our processor seconds next to transformers' Pillow processor, for each generation.
 
 python -m benchmarks preprocess
 """
@@ -6,79 +6,143 @@ python -m benchmarks preprocess
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.device import describe, peak_bytes, reset_peak
+from qwenvl_mlx.processor.image import MEAN, STD, square_image
 from qwenvl_mlx.processor.patches import image_media
-from qwenvl_mlx.processor.rules import CLIP_MEAN, CLIP_STD, PatchRules
+from qwenvl_mlx.processor.rules import CLIP_MEAN, CLIP_STD, HALF, PatchRules
 
-RULES = PatchRules(14, 2, 2, 3136, 12845056, CLIP_MEAN, CLIP_STD)  # those of Qwen2.5-VL as published
+QWEN2 = PatchRules(14, 2, 2, 3136, 12845056, CLIP_MEAN, CLIP_STD)  # Qwen2-VL and Qwen2.5-VL as published
+QWEN3 = PatchRules(16, 2, 2, 65536, 16777216, HALF, HALF)  # Qwen3-VL and Qwen3.5
+RULES = {
+    "Qwen2-VL, Qwen2.5-VL": QWEN2,
+    "Qwen2.5-VL, 1,280 tokens at most": replace(QWEN2, max_pixels=1280 * 28 * 28),
+    "Qwen3-VL, Qwen3.5": QWEN3,
+}
+SQUARE = 448  # of the original Qwen-VL
 ROUNDS = 7
+
+Seconds = dict[str, list[float]]
 
 
 def measure() -> tuple[dict[str, Any], str]:
-    """Report and Markdown table: processor seconds and memory beyond the decoded photo."""
-    photo = _photo(4000, 3000)
-    image_media(_photo(400, 300), RULES)  # what is loaded on first use is not the photo's
-    reset_peak()
-    before = peak_bytes()
-    media = image_media(photo, RULES)
-    extra = peak_bytes() - before
-    grid = media.grid
-    del media
-    programs: dict[str, Callable[[], object]] = {"qwenvl-mlx": lambda: image_media(photo, RULES)}
-    if importlib.util.find_spec("transformers"):
-        programs["transformers (Pillow)"] = _reference(photo)
-    seconds = _cpu_seconds(programs)
-    mine = statistics.median(seconds["qwenvl-mlx"])
-    lines = ["| photo 4000x3000 | processor s | spread | ours is |", "|---|---|---|---|"]
-    for name, samples in seconds.items():
-        median = statistics.median(samples)
-        spread = f"{min(samples):.3f} to {max(samples):.3f}"
-        lines.append(f"| {name} | {median:.3f} | {spread} | ×{mine / median:.2f} |")
+    """Report and Markdown table: processor seconds of all threads, and memory beyond the decoded photo."""
+    encoded = _jpeg(4000, 3000)
+    photo = _decoded(encoded)
+    lines = ["| photo 4000x3000 | qwenvl-mlx, s | reference, s | ours is |", "|---|---|---|---|"]
+    measured = {}
+    for name, (ours, reference) in _pairs(photo).items():
+        seconds = measured[name] = _cpu_seconds({"qwenvl-mlx": ours, "reference": reference})
+        lines.append(f"| {name} | {_row(seconds)} |")
+    decoding = _cpu_seconds({"decode": partial(_decoded, encoded)})["decode"]
+    extra = _extra_bytes(photo)
     one, several = _wall(photo, 1), _wall(photo, 4)
     lines += [
         "",
-        f"Grid {grid}; {extra / 1e6:.0f} MB beyond the decoded photo. "
-        f"Four at once: {several:.2f} s, one after the other {4 * one:.2f} s ({os.cpu_count()} cores).",
+        f"Decoding the JPEG, the same for both, takes {statistics.median(decoding):.3f} s more. "
+        f"{extra / 1e6:.0f} MB beyond the decoded photo (Qwen2.5-VL). "
+        f"Four at once: {several:.2f} s, one after the other {one:.2f} s ({os.cpu_count()} cores).",
     ]
-    report = {"device": describe(), "seconds": seconds, "bytes": extra, "four": several, "one": one}
+    report = {
+        "device": describe(),
+        "seconds": measured,
+        "decode": decoding,
+        "bytes": extra,
+        "four": several,
+        "one": one,
+    }
     return report, "\n".join(lines)
 
 
-def _photo(width: int, height: int) -> Image.Image:
+def _jpeg(width: int, height: int) -> bytes:
     small = np.random.default_rng(0).integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
-def _reference(photo: Image.Image) -> Callable[[], object]:
+def _decoded(encoded: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def _pairs(photo: Image.Image) -> dict[str, tuple[Callable[[], object], Callable[[], object] | None]]:
+    """For each set of rules: our run and the reference's, if that is installed."""
+    pairs: dict[str, tuple[Callable[[], object], Callable[[], object] | None]] = {}
+    for name, rules in RULES.items():
+        reference = _transformers(photo, rules) if importlib.util.find_spec("transformers") else None
+        pairs[name] = (partial(image_media, photo, rules), reference)
+    original = partial(_original, photo) if importlib.util.find_spec("torch") else None
+    pairs["Qwen-VL"] = (partial(square_image, photo, size=SQUARE, patch=14), original)
+    return pairs
+
+
+def _transformers(photo: Image.Image, rules: PatchRules) -> Callable[[], object]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    processor = Qwen2VLImageProcessorPil(min_pixels=RULES.min_pixels, max_pixels=RULES.max_pixels)
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=rules.min_pixels,
+        max_pixels=rules.max_pixels,
+        patch_size=rules.patch_size,
+        image_mean=list(rules.mean),
+        image_std=list(rules.std),
+    )
     return lambda: processor(photo, return_tensors="np")
 
 
-def _cpu_seconds(programs: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+def _original(photo: Image.Image) -> object:
+    """What the original's pictures go through before its tower, by Pillow and PyTorch."""
+    import torch
+
+    square = photo.resize((SQUARE, SQUARE), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def _cpu_seconds(programs: dict[str, Callable[[], object] | None]) -> Seconds:
     """In turn, so that what else runs on the machine hits all alike; a first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    seconds: Seconds = {name: [] for name, run in programs.items() if run is not None}
     for _ in range(ROUNDS + 1):
         for name, run in programs.items():
-            start = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - start)
+            if run is not None:
+                start = time.process_time()
+                run()
+                seconds[name].append(time.process_time() - start)
     return {name: samples[1:] for name, samples in seconds.items()}
 
 
-def _wall(photo: Image.Image, count: int) -> float:
+def _row(seconds: Seconds) -> str:
+    """Medians with their spread, and the median of the ratios of the same round."""
+    cells = [f"{statistics.median(s):.3f} ({min(s):.3f} to {max(s):.3f})" for s in seconds.values()]
+    if "reference" not in seconds:
+        return " | ".join([*cells, "not installed", ""])
+    ratios = [a / b for a, b in zip(seconds["qwenvl-mlx"], seconds["reference"], strict=True)]
+    return " | ".join([*cells, f"×{statistics.median(ratios):.2f}"])
+
+
+def _extra_bytes(photo: Image.Image) -> int:
+    """Resident memory that the rows and what makes them need."""
+    reset_peak()
+    before = peak_bytes()
+    image_media(photo, QWEN2)
+    return peak_bytes() - before
+
+
+def _wall(photo: Image.Image, workers: int) -> float:
+    """Seconds for four photos."""
     start = time.perf_counter()
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(lambda _: image_media(photo, RULES), range(count)))
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda _: image_media(photo, QWEN2), range(4)))
     return time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from dataclasses import replace
@@ -194,7 +195,7 @@ def test_pictures_are_decoded_side_by_side(qwen3: HFProcessor, monkeypatch: pyte
         return source
 
     monkeypatch.setattr(hf, "load_image", load)
-    monkeypatch.setattr(hf.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     other = Image.new("RGB", (96, 64), "blue")
     prompt = qwen3.raw(f"{IMAGE}{IMAGE}", [{"image": RED}, {"image": other}])
     assert [item.source_size for item in prompt.media] == [(64, 64), (96, 64)]

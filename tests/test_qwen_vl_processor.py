@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from test_qwen_tokenizer import golden, real_vocabulary, spread
 
 from qwenvl_mlx.errors import CheckpointError, ConfigError, MediaError, PromptError
 from qwenvl_mlx.media import Media
+from qwenvl_mlx.processor import qwen_vl
 from qwenvl_mlx.processor.base import Box, MediaOptions
 from qwenvl_mlx.processor.fetch import FetchPolicy, load_image
 from qwenvl_mlx.processor.load import load_processor
@@ -202,6 +205,20 @@ def test_a_conversation_may_end_with_the_assistant(tiny: QwenVLProcessor) -> Non
     assert begun == opened + tiny.tokenizer.encode("a time")
     assert opened + tiny.continuation({"type": "text", "text": "a time"}).input_ids == begun
     assert tiny([user("Once upon"), assistant(None)]).input_ids == opened
+
+
+def test_pictures_are_decoded_side_by_side(tiny: QwenVLProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures wait for each other: one after the other they would wait for ever."""
+    both = threading.Barrier(2, timeout=20)
+
+    def load(source: Any, **_: Any) -> Image.Image:
+        both.wait()
+        return Image.new("RGB", (64, 32 if source == "a" else 48))
+
+    monkeypatch.setattr(qwen_vl, "load_image", load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    prompt = tiny.raw("<img>a</img><img>b</img>")
+    assert [item.source_size for item in prompt.media] == [(64, 32), (64, 48)]
 
 
 def test_raw_prompts(tiny: QwenVLProcessor, pictures: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from qwenvl_mlx.processor.hf_tokenizer import HFTokenizer
 from qwenvl_mlx.processor.messages import conversation, kind_of
 from qwenvl_mlx.processor.patches import image_media
 from qwenvl_mlx.processor.rules import PatchRules, VideoRules, read_rules
+from qwenvl_mlx.processor.side_by_side import side_by_side
 from qwenvl_mlx.processor.tool_calls import Tools
 from qwenvl_mlx.processor.video import video_media, with_request
 
@@ -156,18 +155,12 @@ class HFProcessor(Processor):
 
     def _load(self, parts: Sequence[Mapping[str, Any] | Media], options: MediaOptions) -> list[Media]:
         """All media, several at a time; stops early when there are too many for the context."""
-        media: list[Media] = []
-        workers = min(len(parts), os.cpu_count() or 1, 8)
-        if _has_twins(parts):
-            workers = 1
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            try:
-                for item in pool.map(partial(self._load_one, options=options), parts):
-                    media.append(item)
-                    self._check_length(sum(map(self._tokens, media)), media)
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return media
+        sources = [part["image"] for part in parts if not isinstance(part, Media) and "image" in part]
+        load = partial(self._load_one, options=options)
+        return side_by_side(load, parts, sources, check=self._check_media)
+
+    def _check_media(self, media: Sequence[Media]) -> None:
+        self._check_length(sum(map(self._tokens, media)), media)
 
     def _load_one(self, part: Mapping[str, Any] | Media, *, options: MediaOptions) -> Media:
         if isinstance(part, Media):
@@ -223,12 +216,6 @@ class HFProcessor(Processor):
                 f"the prompt has at least {tokens} tokens ({media_kinds(media)}) but the model takes "
                 f"{self.context_length}: {cure}"
             )
-
-
-def _has_twins(parts: Sequence[Mapping[str, Any] | Media]) -> bool:
-    """One Pillow image given twice: it may be decoded on first use, which two threads must not do at once."""
-    images = [id(part["image"]) for part in parts if not isinstance(part, Media) and "image" in part]
-    return len(set(images)) < len(images)
 
 
 def _check_placeholders(text: str, kinds: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qwenvl_mlx.processor.fetch import FetchPolicy, load_image
 from qwenvl_mlx.processor.grounding import tagged_boxes
 from qwenvl_mlx.processor.image import square_image
 from qwenvl_mlx.processor.qwen_tokenizer import IMAGE_TAGS, SPECIALS, QwenTokenizer, normal_form, split
+from qwenvl_mlx.processor.side_by_side import side_by_side
 
 CHAT_FORMATS = ("chatml", "raw")
 
@@ -190,7 +192,8 @@ class QwenVLProcessor(Processor):
 
     def _prompt(self, written: Written, options: MediaOptions | None) -> Prompt:
         policy = (options or MediaOptions()).policy
-        return Prompt(written.ids, [self._cut(source, policy) for source in written.pictures])
+        pictures = written.pictures
+        return Prompt(written.ids, side_by_side(partial(self._cut, policy=policy), pictures, pictures))
 
     def _cut(self, source: Any, policy: FetchPolicy) -> Media:
         if isinstance(source, Media):
