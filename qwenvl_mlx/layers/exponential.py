@@ -15,8 +15,6 @@ LOG2_E = 1 / math.log(2)
 LN2_HIGH = 0.693359375  # exact in few bits, so that a product with an exponent is exact
 LN2_LOW = math.log(2) - LN2_HIGH
 TAYLOR = [1 / math.factorial(power) for power in range(8)]  # |r| <= ln(2)/2: to 5e-9
-
-
 SMALL = 1 << 14  # numbers for which the kernels' own cost outweighs what they save
 
 
@@ -26,27 +24,43 @@ def exp_pays(x: mx.array) -> bool:
     return bool(slow) and x.dtype == mx.float32 and x.size > SMALL
 
 
-def exp(x: mx.array) -> mx.array:
-    """float32; 0 below -88, infinite above 88."""
-    exponent = _exponent(x)
-    return _polynomial(x, exponent) * mx.view(_bits(exponent), mx.float32)
+def exp(x: mx.array, rate: float = 1.0) -> mx.array:
+    """``e^(rate x)`` in float32; 0 below -88, infinite above 88."""
+    exponent = _exponent(x, rate)
+    return _polynomial(x, exponent, rate) * mx.view(_bits(exponent), mx.float32)
 
 
-def sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + exp(-x))
+def swish(x: mx.array, *, slope: mx.array | None = None, rate: float = 1.0) -> mx.array:
+    """``x sigmoid(rate slope)``; the slope is ``x`` itself where none is given."""
+    return _over(x, exp(x if slope is None else slope, -rate))
+
+
+def swish_times(x: mx.array, other: mx.array) -> mx.array:
+    """``x sigmoid(x) other``."""
+    return _over_times(x, exp(x, -1.0), other)
 
 
 @mx.compile
-def _exponent(x: mx.array) -> mx.array:
+def _over(x: mx.array, more: mx.array) -> mx.array:
+    return x / (1 + more)
+
+
+@mx.compile
+def _over_times(x: mx.array, more: mx.array, other: mx.array) -> mx.array:
+    return x / (1 + more) * other
+
+
+@mx.compile
+def _exponent(x: mx.array, rate: float) -> mx.array:
     """Biased as float32 keeps it."""
-    return (x * LOG2_E + 127.5).astype(mx.int32)
+    return (x * (rate * LOG2_E) + 127.5).astype(mx.int32)
 
 
 @mx.compile
-def _polynomial(x: mx.array, exponent: mx.array) -> mx.array:
-    """``exp`` of what the exponent leaves of ``x``."""
+def _polynomial(x: mx.array, exponent: mx.array, rate: float) -> mx.array:
+    """``e^(rate x)`` of what the exponent leaves of ``x``."""
     power = exponent.astype(mx.float32) - 127
-    rest = (x - power * LN2_HIGH) - power * LN2_LOW
+    rest = (x * rate - power * LN2_HIGH) - power * LN2_LOW
     square = rest * rest
     pairs = [TAYLOR[k] + rest * TAYLOR[k + 1] for k in range(0, 8, 2)]
     return (pairs[0] + square * pairs[1]) + (square * square) * (pairs[2] + square * pairs[3])

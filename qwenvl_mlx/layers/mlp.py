@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwenvl_mlx.layers.exponential import exp_pays, sigmoid
+from qwenvl_mlx.layers.exponential import exp_pays, swish_times
 from qwenvl_mlx.layers.linear import apply, join_children, joinable, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.shard import Group, split_inputs, split_inputs_unsummed, split_outputs
@@ -25,7 +25,7 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
 
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) * up``."""
-    return gate * sigmoid(gate) * up if exp_pays(gate) else _gated(gate, up)
+    return swish_times(gate, up) if exp_pays(gate) else _gated(gate, up)
 
 
 def swiglu(gate_up: mx.array) -> mx.array:

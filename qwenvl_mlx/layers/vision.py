@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.errors import MediaError
-from qwenvl_mlx.layers.exponential import exp_pays, sigmoid
+from qwenvl_mlx.layers.exponential import exp_pays, swish
 from qwenvl_mlx.layers.fused import attend, by_rows
 from qwenvl_mlx.layers.grid import Segments
 from qwenvl_mlx.layers.rotary import Angles
@@ -22,12 +22,12 @@ Activation = Callable[[mx.array], mx.array]
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """``nn.gelu_approx`` in one kernel: (1 + tanh(u)) / 2 is sigmoid(2u), a chain short enough to be fused whole."""
-    return x * sigmoid(_slope(x)) if exp_pays(x) else _gelu_tanh(x)
+    return swish(x, slope=_slope(x)) if exp_pays(x) else _gelu_tanh(x)
 
 
 def quick_gelu(x: mx.array) -> mx.array:
     """``x * sigmoid(1.702 x)``."""
-    return x * sigmoid(1.702 * x) if exp_pays(x) else nn.gelu_fast_approx(x)
+    return swish(x, rate=1.702) if exp_pays(x) else nn.gelu_fast_approx(x)
 
 
 @partial(mx.compile, shapeless=True)
@@ -123,7 +123,7 @@ class VisionBlock(nn.Module):
 
     def __call__(self, x: mx.array, angles: Angles, segments: Segments) -> mx.array:
         x = x + self.attn(self.norm1(x), angles, segments)
-        return x + by_rows(self.mlp, self.norm2(x))
+        return by_rows(lambda rows: rows + self.mlp(self.norm2(rows)), x)
 
 
 class StagedTower(nn.Module):

@@ -129,7 +129,7 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.attn(self.ln_1(x))
-        return x + by_rows(self.mlp, self.ln_2(x))
+        return by_rows(lambda rows: rows + self.mlp(self.ln_2(rows)), x)
 
 
 class Transformer(nn.Module):
