@@ -39,6 +39,10 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weight
         return _demo()
     if text.startswith(MODELSCOPE):
         return _modelscope(text.removeprefix(MODELSCOPE), revision, weights=weights)
+    if path.is_file():
+        raise HubError(
+            f"{text} is a file: pass the folder of a checkpoint (of safetensors or .bin; not GGUF)"
+        )
     hub = HUB_NAME.fullmatch(text)
     if hub is None or text.startswith(".") or path.exists():
         raise HubError(

@@ -336,6 +336,12 @@ def test_methods_that_are_not_known_are_refused(settings: dict[str, Any]) -> Non
         unpack({}, {"quantization_config": settings})
 
 
+def test_packed_weights_without_settings_are_told_what_they_need() -> None:
+    source, _ = gptq_module(4, symmetric=True)
+    with pytest.raises(CheckpointError, match=r"quantization_config, or the folder quantize_config\.json"):
+        unpack(source, {})
+
+
 def test_parts_that_do_not_fit_are_named() -> None:
     source, _ = gptq_module(4, symmetric=True)
     with pytest.raises(CheckpointError, match=r"m\.qzeros is missing"):

@@ -44,6 +44,11 @@ def unpack(weights: Weights, config: Mapping[str, Any], dtype: mx.Dtype | None =
         raise ConfigError("config.json: quantization_config is no object: fetch it again")
     method = settings.get("quant_method")
     if method is None:
+        if any(name.endswith(".qweight") for name in weights):
+            raise CheckpointError(
+                "the weights are packed as GPTQ or AWQ have them, but nothing says how: config.json needs its "
+                "quantization_config, or the folder quantize_config.json (GPTQ) or quant_config.json (AWQ)"
+            )
         return weights
     if method == "gptq":
         return _unpack_modules(weights, _gptq(settings), dtype)
