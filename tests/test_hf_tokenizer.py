@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,18 @@ def test_older_added_tokens_file(tiny: Path, tmp_path: Path) -> None:
     tokenizer = HFTokenizer.from_folder(tmp_path)
     assert tokenizer.encode("<|im_start|>a<tool_call>") == [257, 97, 258]
     assert tokenizer.decode([257, 97, 258]) == "a<tool_call>"
+
+
+def test_other_threads_run_while_a_long_text_is_cut(tiny: Path) -> None:
+    tokenizer = HFTokenizer.from_folder(tiny)
+    worker = threading.Thread(target=tokenizer.encode, args=["日" * 300_000])
+    began = last = time.perf_counter()
+    longest = 0.0
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert longest < (last - began) / 2
 
 
 def test_places_stay_in_a_streamed_answer(tiny: Path) -> None:

@@ -59,6 +59,12 @@ def byte_level(model: models.BPE, *, split: str = SPLIT) -> Tokenizer:
     return tokenizer
 
 
+def ids_of(backend: Tokenizer, text: str) -> list[int]:
+    """The ids of a text. Other threads run meanwhile: the library's ``encode`` would stop them all, for seconds."""
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
+
+
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair that each token was merged from, in order of rank.
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from qwenvl_mlx.config import read_json
 from qwenvl_mlx.errors import CheckpointError
-from qwenvl_mlx.processor.bpe_ranks import SPLIT, build_tokenizer, byte_level, read_ranks
+from qwenvl_mlx.processor.bpe_ranks import SPLIT, build_tokenizer, byte_level, ids_of, read_ranks
 from qwenvl_mlx.processor.detokenizer import ByteDetokenizer, byte_alphabet, piece_to_bytes
 
 PLACE_TAGS = frozenset(
@@ -51,8 +51,7 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         """Special tokens are recognised wherever they stand. A lone surrogate becomes U+FFFD."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return ids_of(self._backend, text)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         text: str = self._backend.decode([i for i in ids if i >= 0], skip_special_tokens=skip_special)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from qwenvl_mlx.config import read_json
 from qwenvl_mlx.errors import CheckpointError, PromptError
-from qwenvl_mlx.processor.bpe_ranks import build_tokenizer, read_ranks
+from qwenvl_mlx.processor.bpe_ranks import build_tokenizer, ids_of, read_ranks
 from qwenvl_mlx.processor.detokenizer import ByteDetokenizer, byte_alphabet, piece_to_bytes
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -110,8 +110,7 @@ class QwenTokenizer:
             return self.encode_image(piece.text)
         if piece.kind == "special":
             return [self._ids[piece.text]]
-        ids: list[int] = self._backend.encode(piece.text, add_special_tokens=False).ids
-        return ids
+        return ids_of(self._backend, piece.text)
 
     def encode_image(self, path: str = "") -> list[int]:
         """Tags and slots of one picture."""
