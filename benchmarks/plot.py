@@ -14,19 +14,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     rows = [Result(**row) for row in report["results"] if "samples" in row]
     if not rows:
-        raise SystemExit("--plot draws comparisons only")
+        raise SystemExit("there is no comparison to draw")
     cases = list(dict.fromkeys(row.case for row in rows))
     programs = list(dict.fromkeys(row.program for row in rows))
     figure, panels = plt.subplots(1, len(PARTS), figsize=(4 * len(PARTS), 3.5), constrained_layout=True)
     for panel, part in zip(panels, PARTS, strict=True):
         for index, program in enumerate(programs):
-            medians = [
-                row.median(part)
-                for case in cases
-                for row in rows
-                if (row.case, row.program) == (case, program)
-            ]
-            places = [place + index / (len(programs) + 1) for place in range(len(cases))]
+            bars = [(cases.index(row.case), row.median(part)) for row in rows if row.program == program]
+            places = [place + index / (len(programs) + 1) for place, _ in bars]  # not all programs run every case
+            medians = [median for _, median in bars]
             panel.bar(places, medians, width=1 / (len(programs) + 1), label=program)
         panel.set_title(f"{part} (s)")
         panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
