@@ -20,12 +20,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(PARTS), figsize=(4 * len(PARTS), 3.5), constrained_layout=True)
     for panel, part in zip(panels, PARTS, strict=True):
         for index, program in enumerate(programs):
+            # not all programs run every case
             bars = [(cases.index(row.case), row.median(part)) for row in rows if row.program == program]
-            places = [place + index / (len(programs) + 1) for place, _ in bars]  # not all programs run every case
+            places = [place + index / (len(programs) + 1) for place, _ in bars]
             medians = [median for _, median in bars]
             panel.bar(places, medians, width=1 / (len(programs) + 1), label=program)
         panel.set_title(f"{part} (s)")
         panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(", ".join(report["device"].values()))
     figure.savefig(path, dpi=150)
