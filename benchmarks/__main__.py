@@ -84,7 +84,7 @@ def _measure(what: str, args: argparse.Namespace, folder: Path) -> Measured:
     cases = [case for case in CASES if not args.cases or any(part in case.name for part in args.cases)]
     report = compare.compare(
         folder,
-        programs=compare.available(_programs(args), args.peer_python),
+        programs=compare.available(_programs(args), args.peer_python, folder),
         dtype=args.dtype,
         clock=args.clock,
         rounds=args.rounds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import CASES, Case
-from benchmarks.device import describe
+from benchmarks.device import describe, fast_blas
 from benchmarks.programs import BLIND
 
 NEEDS = {"qwenvl-mlx": "mlx", "torch": "transformers", "mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}
-PARTS = ("vision", "prefill", "first token", "decode")
+PARTS = ("preprocess", "vision", "prefill", "first token", "decode")
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | ({} if name == "torch" else fast_blas()),  # torch brings its own
         )
         self.loaded = self._answer()
 
@@ -74,11 +76,16 @@ class Worker:
         self.process.stdout.close()
 
 
-def available(names: Sequence[str], peer_python: str | None) -> list[str]:
-    """Those of the programs that can run here; mlx-vlm may live in another environment."""
+def available(names: Sequence[str], peer_python: str | None, folder: Path) -> list[str]:
+    """Those of the programs that can run this checkpoint here; mlx-vlm may live in another environment."""
+    original = json.loads((folder / "config.json").read_text())["model_type"] == "qwen"
+    if original:  # its PyTorch code comes with the checkpoint; no other MLX program runs it
+        names = [name for name in names if name in ("qwenvl-mlx", "torch")]
     found = []
     for name in names:
-        if importlib.util.find_spec(NEEDS[name]) or (name == "mlx-vlm" and peer_python):
+        if original and name == "torch" and not any(folder.glob("modeling_*.py")):
+            print("this folder brings no PyTorch code (modeling_qwen.py): torch is left out", file=sys.stderr)
+        elif importlib.util.find_spec(NEEDS[name]) or (name == "mlx-vlm" and peer_python):
             found.append(name)
         else:
             print(f"{name} is not installed here: left out", file=sys.stderr)
@@ -145,14 +152,17 @@ def table(report: dict[str, Any]) -> str:
     """The report as Markdown: medians, and ours as a ratio to each other program (below 1: ours is faster)."""
     lines = [
         *_loads(report),
-        "| case | program | vision s | prefill s | first token s | decode tokens/s "
+        "| case | program | preprocess s | vision s | prefill s | first token s | decode tokens/s "
         "| vision GB | peak GB | logits differ by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [Result(**row) for row in report["results"]]
     for row in rows:
         ours = next(other for other in rows if other.case == row.case and other.program == "qwenvl-mlx")
-        cells = [f"{row.median(part):.3f}{_ratio(ours, row, part)}" for part in PARTS[:3]]
+        cells = [f"{row.median(part):.3f}{_ratio(ours, row, part)}" for part in PARTS[:-1]]
+        cells[0] = (
+            cells[0] if row.median("preprocess") else "–"
+        )  # a case without picture, or no code of its own
         speed = f"{1 / row.median('decode'):.1f}{_ratio(ours, row, 'decode')}"
         vision = f"{row.vision_bytes / 1e9:.2f}" if row.vision_bytes else "–"
         numbers = f"{vision} | {row.peak / 1e9:.2f} | {row.difference:.1e}"

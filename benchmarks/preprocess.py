@@ -43,8 +43,8 @@ def measure() -> tuple[dict[str, Any], str]:
     photo = _decoded(encoded)
     lines = ["| photo 4000x3000 | qwenvl-mlx, s | reference, s | ours is |", "|---|---|---|---|"]
     measured = {}
-    for name, (ours, reference) in _pairs(photo).items():
-        seconds = measured[name] = _cpu_seconds({"qwenvl-mlx": ours, "reference": reference})
+    for name, (mine, theirs) in _pairs(photo).items():
+        seconds = measured[name] = _cpu_seconds({"qwenvl-mlx": mine, "reference": theirs})
         lines.append(f"| {name} | {_row(seconds)} |")
     decoding = _cpu_seconds({"decode": partial(_decoded, encoded)})["decode"]
     extra = _extra_bytes(photo)
@@ -81,11 +81,32 @@ def _pairs(photo: Image.Image) -> dict[str, tuple[Callable[[], object], Callable
     """For each set of rules: our run and the reference's, if that is installed."""
     pairs: dict[str, tuple[Callable[[], object], Callable[[], object] | None]] = {}
     for name, rules in RULES.items():
-        reference = _transformers(photo, rules) if importlib.util.find_spec("transformers") else None
-        pairs[name] = (partial(image_media, photo, rules), reference)
+        theirs = _transformers(photo, rules) if importlib.util.find_spec("transformers") else None
+        pairs[name] = (partial(image_media, photo, rules), theirs)
     original = partial(_original, photo) if importlib.util.find_spec("torch") else None
     pairs["Qwen-VL"] = (partial(square_image, photo, size=SQUARE, patch=14), original)
     return pairs
+
+
+def rules_of(config: dict[str, Any]) -> PatchRules | None:
+    """The published rules of a checkpoint's pictures; None for the original Qwen-VL's squares."""
+    if config["model_type"] == "qwen":
+        return None
+    return QWEN3 if config["model_type"].startswith("qwen3") else QWEN2
+
+
+def ours(photo: Image.Image, config: dict[str, Any]) -> object:
+    """A decoded photo to what the model takes."""
+    rules = rules_of(config)
+    if rules is None:
+        return square_image(photo, size=config["visual"]["image_size"], patch=config["visual"]["patch_size"])
+    return image_media(photo, rules)
+
+
+def reference(photo: Image.Image, config: dict[str, Any]) -> object:
+    """The same by transformers, or Pillow and PyTorch."""
+    rules = rules_of(config)
+    return _original(photo) if rules is None else _transformers(photo, rules)()
 
 
 def _transformers(photo: Image.Image, rules: PatchRules) -> Callable[[], object]:

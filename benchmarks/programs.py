@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import preprocess
 from benchmarks.cases import Case, Inputs, inputs
 from benchmarks.device import peak_bytes, reset_peak
 
@@ -31,7 +32,8 @@ class Program(Protocol):
     device: str
 
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
-        """Seconds of ``vision``, ``prefill`` (after vision), ``decode`` (a token); logits of the prompt's end.
+        """Seconds of ``preprocess`` (where the program has its own), ``vision``, ``prefill`` (after vision), ``decode``
+        (a token); logits of the prompt's end.
 
         Where MLX counts them, ``vision bytes`` too: the most that the tower held beside weights and pixels.
         """
@@ -45,15 +47,22 @@ class Ours:
 
         self.clock = clock
         from qwenvl_mlx import load_model
+        from qwenvl_mlx.engine.step import CompiledStep
 
         self.mx = mx
         self.model = load_model(folder, dtype=dtype)
+        self.step = CompiledStep(self.model)
+        self.config = _config(folder)
         self.device = str(mx.default_device())
 
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
         from qwenvl_mlx import Media
+        from qwenvl_mlx.engine.step import Decoding
 
         mx, model = self.mx, self.model
+        began = self.clock()
+        if given.photo is not None:
+            preprocess.ours(given.photo, self.config)
         media = [] if given.rows is None or given.grid is None else [Media("image", given.rows, given.grid)]
         start = self.clock()
         with _counted(mx) as held:
@@ -66,14 +75,15 @@ class Ours:
         token = mx.argmax(logits)
         mx.eval(token, logits)
         first = self.clock()
+        decode = Decoding(self.step, cache) if self.step.suits(cache) else lambda t: model.decode(t, cache)
         for _ in range(case.new_tokens):
-            following = mx.argmax(model.decode(token.reshape(1, 1), cache)[0, -1])
+            following = mx.argmax(decode(token.reshape(1, 1))[0, -1])
             mx.async_eval(following)
             token.item()
             token = following
         mx.eval(token)
         end = self.clock()
-        return _timings(start, seen, first, end, case) | held, np.array(logits)
+        return _timings(start, seen, first, end, case, began) | held, np.array(logits)
 
 
 class Torch:
@@ -89,6 +99,7 @@ class Torch:
         self.device = "mps" if torch.backends.mps.is_available() else "cpu"
         loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.model: Any = loaded.to(self.device).eval()
+        self.config = _config(folder)
 
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
         torch = self.torch
@@ -96,6 +107,9 @@ class Torch:
             ids = torch.from_numpy(given.ids)[None].to(self.device)
             extra: dict[str, Any] = {}
             features = None
+            began = self.clock()
+            if given.photo is not None:
+                preprocess.reference(given.photo, self.config)
             start = self.clock()
             if given.rows is not None and given.grid is not None:
                 rows = torch.from_numpy(given.rows).to(self.device, self.model.dtype)
@@ -112,7 +126,7 @@ class Torch:
             logits = out.logits[0, -1].float().cpu().numpy()
             self._decode(out, case.new_tokens)
             end = self.clock()
-        return _timings(start, seen, first, end, case), logits
+        return _timings(start, seen, first, end, case, began), logits
 
     @contextlib.contextmanager
     def _knowing(self, features: Any) -> Iterator[None]:
@@ -133,6 +147,43 @@ class Torch:
     def _wait(self) -> None:
         if self.device == "mps":
             self.torch.mps.synchronize()
+
+
+class Original(Torch):
+    """The original Qwen-VL's own PyTorch code, which its folder must bring along: no package has it."""
+
+    def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.clock, self.torch, self.config = clock, torch, _config(folder)
+        self.device = "mps" if torch.backends.mps.is_available() else "cpu"
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=getattr(torch, dtype)
+        )
+        self.model = loaded.to(self.device).eval()
+
+    def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
+        torch, visual = self.torch, self.model.transformer.visual
+        with torch.no_grad():
+            ids = torch.from_numpy(given.ids)[None].to(self.device)
+            began = self.clock()
+            if given.photo is not None:
+                preprocess.reference(given.photo, self.config)
+            start = self.clock()
+            features = None
+            if given.rows is not None:
+                features = visual(torch.from_numpy(given.rows)[None].to(self.device, self.model.dtype))
+                self._wait()
+            seen = self.clock()
+            visual.encode = lambda paths: features  # it would open the paths that stand in the slots
+            out = self.model(input_ids=ids, use_cache=True)
+            self._wait()
+            first = self.clock()
+            logits = out.logits[0, -1].float().cpu().numpy()
+            self._decode(out, case.new_tokens)
+            end = self.clock()
+        return _timings(start, seen, first, end, case, began), logits
 
 
 class MlxVlm:
@@ -234,9 +285,18 @@ class MlxLm:
         return _timings(start, start, first, self.clock(), case), np.array(logits)
 
 
+def _torch(folder: str, dtype: str, clock: Clock) -> Program:
+    return (Original if _config(folder)["model_type"] == "qwen" else Torch)(folder, dtype, clock)
+
+
+def _config(folder: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())
+    return config
+
+
 PROGRAMS: dict[str, Callable[[str, str, Clock], Program]] = {
     "qwenvl-mlx": Ours,
-    "torch": Torch,
+    "torch": _torch,
     "mlx-vlm": MlxVlm,
     "mlx-lm": MlxLm,
 }
@@ -254,8 +314,11 @@ def _counted(mx: Any) -> Iterator[Timings]:
     held["vision bytes"] = max(mx.get_peak_memory() - before, 0)
 
 
-def _timings(start: float, seen: float, first: float, end: float, case: Case) -> Timings:
+def _timings(
+    start: float, seen: float, first: float, end: float, case: Case, began: float | None = None
+) -> Timings:
     return {
+        "preprocess": 0.0 if began is None else start - began,
         "vision": seen - start,
         "prefill": first - seen,
         "first token": first - start,
@@ -270,7 +333,7 @@ def serve(name: str, folder: str, dtype: str, clock: str) -> None:
     program = PROGRAMS[name](folder, dtype, tick)
     loaded = {"load": tick() - start, "device": program.device, "peak": peak_bytes()}
     print(json.dumps(loaded), flush=True)
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = _config(folder)
     for line in sys.stdin:
         order = json.loads(line)
         case = Case(

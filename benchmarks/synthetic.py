@@ -22,7 +22,7 @@ def checkpoint(name: str, folder: Path, *, for_torch: bool) -> Path:
     folder = folder / name.lower()
     folder.mkdir(parents=True, exist_ok=True)
     config = shape(name)
-    if for_torch:
+    if for_torch and config["model_type"] != "qwen":
         _through_transformers(config, folder)
     else:
         write_mlx(config, folder)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.compare import Result, table
+from benchmarks.cases import Case, inputs
+from benchmarks.compare import PARTS, Result, available, table
 from benchmarks.growth import exponent
 from benchmarks.launches import narrow
+from benchmarks.programs import PROGRAMS
 from benchmarks.synthetic import shape, write_mlx
 from qwenvl_mlx.sizes import SIZES
 
@@ -37,17 +41,88 @@ def test_a_comparison_writes_its_report(
     (result,) = report["results"]
     assert result["case"] == "picture 448x448"
     assert result["vision_bytes"] > 32 * 32 * 160 * 4  # at least the patches' rows
-    for part in ("vision", "prefill", "first token", "decode"):
+    for part in PARTS:
         assert len(result["samples"][part]) == 2
         assert min(result["samples"][part]) > 0
     assert "| picture 448x448 | qwenvl-mlx |" in (tmp_path / "report.md").read_text()
     assert "picture 448x448" in capsys.readouterr().out
 
 
+HUB_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class Config(PretrainedConfig):
+    model_type = "qwen"
+
+
+class Visual(torch.nn.Module):
+    def forward(self, pixels):
+        return pixels.mean((1, 2, 3)).reshape(1, 1, 1).expand(1, 256, 1)
+
+    def encode(self, paths):
+        raise FileNotFoundError(paths)
+
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = torch.nn.Module()
+        self.transformer.visual = Visual()
+        self.rows = torch.nn.Parameter(torch.ones(1))
+        self.post_init()
+
+    def forward(self, input_ids, past_key_values=None, use_cache=True):
+        if past_key_values is None:
+            seen = self.transformer.visual.encode(["x"]) if (input_ids > 630).any() else torch.zeros(1)
+        else:
+            seen = past_key_values
+        logits = torch.nn.functional.one_hot(input_ids, 640).float() + seen.mean()
+        return CausalLMOutputWithPast(logits=logits, past_key_values=seen)
+"""
+
+
+def test_the_originals_own_code_is_run_where_its_folder_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in with the calls that the hub's code has; without such code PyTorch is left out."""
+    pytest.importorskip("transformers")
+    from safetensors.numpy import save_file
+
+    config = narrow(SIZES["Qwen-VL-Chat"])
+    names = {"AutoConfig": "modeling_qwen.Config", "AutoModelForCausalLM": "modeling_qwen.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": names}))
+    assert available(["qwenvl-mlx", "torch", "mlx-lm"], None, tmp_path) == ["qwenvl-mlx"]
+    assert "brings no PyTorch code" in capsys.readouterr().err
+    (tmp_path / "modeling_qwen.py").write_text(HUB_CODE)
+    save_file({"rows": np.ones(1, np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert available(["qwenvl-mlx", "torch"], None, tmp_path) == ["qwenvl-mlx", "torch"]
+    program = PROGRAMS["torch"](str(tmp_path), "float32", time.perf_counter)
+    for case in (Case("text", None, 16, 2), Case("picture", (448, 448), 16, 2)):
+        given = inputs(case, config)
+        timings, logits = program.run(case, given)
+        seen = 0 if given.rows is None else given.rows.mean()
+        assert logits[given.ids[-1]] == pytest.approx(1 + seen, abs=1e-5)
+        assert (timings["preprocess"] > 0.001) == (case.picture is not None)
+
+
+def test_the_original_is_measured(tmp_path: Path) -> None:
+    config = narrow(SIZES["Qwen-VL-Chat"])
+    config["num_hidden_layers"] = config["visual"]["layers"] = 2
+    write_mlx(config, tmp_path)
+    options = ["--rounds", "1", "--cases", "448", "--output", str(tmp_path / "out")]
+    assert main(["--model", str(tmp_path), *options]) == 0
+    (result,) = json.loads((tmp_path / "out/report.json").read_text())["compare"]["results"]
+    assert result["program"] == "qwenvl-mlx"
+    assert min(result["samples"]["vision"]) > 0
+
+
 def test_ratios_are_of_runs_in_the_same_round() -> None:
-    ours = Result(
-        "qwenvl-mlx", "a", {part: [1.0, 4.0, 6.0] for part in ("vision", "prefill", "first token", "decode")}
-    )
+    ours = Result("qwenvl-mlx", "a", {part: [1.0, 4.0, 6.0] for part in PARTS})
     theirs = Result("torch", "a", {part: [2.0, 4.0, 3.0] for part in ours.samples}, peak=5 * 10**9)
     report = {"loads": {}, "results": [vars(ours), vars(theirs)]}
     row = table(report).splitlines()[-1]
