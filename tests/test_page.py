@@ -165,6 +165,12 @@ def test_text_of_a_model_is_never_html(page: Any) -> None:
     assert body.query_selector("strong").inner_text() == "<i>bold</i>"
 
 
+def test_links_may_have_brackets_in_them(page: Any) -> None:
+    send(page, "say:see [a](https://example.org/A_(b)), [x](no end")
+    body = finished(page).query_selector(".body")
+    assert body.query_selector("a").get_attribute("href") == "https://example.org/A_(b)"
+
+
 def test_settings_reach_the_engine(page: Any, echo: EchoEngine) -> None:
     page.click("#open-settings")
     page.fill("[data-set=seed]", "42")
