@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import threading
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from fakes import FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply, Request, TextEvent
+from qwenvl_mlx.engine.batch import Batch
 from qwenvl_mlx.errors import MediaError
 from qwenvl_mlx.layers.cache import Cache
-from qwenvl_mlx.media import Prompt
+from qwenvl_mlx.media import Embedded, Prompt
 
 NO_SPECIALS = dict.fromkeys((256, 257, 258), -100.0)
 
@@ -167,6 +169,51 @@ def test_cancelled_and_failed_requests_leave_the_others_alone(model: FakeModel) 
             assert request.result().tokens == single.tokens
         with pytest.raises(MediaError):
             bad.result()
+
+
+def test_a_cancelled_answer_frees_its_place_before_the_next_step(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that is on its way when the word comes ends; no other begins, and no other slice of a prompt."""
+    steps: list[int] = []
+    plain = Batch._decode
+
+    def counting(self: Batch, tokens: mx.array) -> mx.array:
+        steps.append(len(tokens))
+        return plain(self, tokens)
+
+    monkeypatch.setattr(Batch, "_decode", counting)
+    after: list[int] = []
+
+    def listen(event: object) -> None:
+        if isinstance(event, TextEvent) and len(steps) > 5 and not after:
+            request.cancel()
+            after.append(len(steps))
+
+    with engine_for(model) as engine:
+        options = GenerationOptions(max_tokens=400, ignore_eos=True, logprobs=0)
+        request = engine.submit("go", options, listener=listen)
+        while not after or engine.running:
+            time.sleep(0.001)
+        assert len(steps) == after[0]
+
+
+def test_a_cancelled_prompt_is_read_no_further(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slices: list[int] = []
+    plain = FakeModel.__call__
+
+    def reading(self: FakeModel, embedded: Embedded, *args: object, **options: object) -> mx.array:
+        slices.append(len(embedded))
+        if len(slices) == 3:
+            request.cancel()
+        return plain(self, embedded, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FakeModel, "__call__", reading)
+    with engine_for(model) as engine:
+        request = engine.submit("x" * 400, GenerationOptions(max_tokens=9))  # 50 slices
+        assert request.result().finish_reason == "cancelled"
+        assert not engine.running
+    assert len(slices) == 3
 
 
 def test_many_threads_may_ask_at_once(model: FakeModel) -> None:
