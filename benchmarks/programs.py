@@ -91,36 +91,31 @@ class Torch:
 
     def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
         import torch
-        from transformers import AutoModelForImageTextToText
 
-        self.clock = clock
-        self.torch = torch
+        self.clock, self.torch, self.config = clock, torch, _config(folder)
         torch.set_num_threads(int(np.clip(torch.get_num_threads(), 1, 64)))
         self.device = "mps" if torch.backends.mps.is_available() else "cpu"
-        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self.model: Any = loaded.to(self.device).eval()
-        self.config = _config(folder)
+        self.model: Any = self._load(folder, getattr(torch, dtype)).to(self.device).eval()
+
+    def _load(self, folder: str, dtype: Any) -> Any:
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
 
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
-        torch = self.torch
-        with torch.no_grad():
-            ids = torch.from_numpy(given.ids)[None].to(self.device)
-            extra: dict[str, Any] = {}
-            features = None
+        with self.torch.no_grad():
+            ids = self.torch.from_numpy(given.ids)[None].to(self.device)
             began = self.clock()
             if given.photo is not None:
                 preprocess.reference(given.photo, self.config)
             start = self.clock()
-            if given.rows is not None and given.grid is not None:
-                rows = torch.from_numpy(given.rows).to(self.device, self.model.dtype)
-                grid = torch.tensor([given.grid], device=self.device)
-                features = self.model.model.visual(rows, grid_thw=grid)
+            features = None
+            if given.rows is not None:
+                rows = self.torch.from_numpy(given.rows).to(self.device, self.model.dtype)
+                features = self._see(rows, given)
                 self._wait()
-                extra = {"pixel_values": rows, "image_grid_thw": grid}
-                extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
             seen = self.clock()
-            with self._knowing(features):
-                out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
+            out = self._read(ids, features, given)
             self._wait()
             first = self.clock()
             logits = out.logits[0, -1].float().cpu().numpy()
@@ -128,19 +123,28 @@ class Torch:
             end = self.clock()
         return _timings(start, seen, first, end, case, began), logits
 
-    @contextlib.contextmanager
-    def _knowing(self, features: Any) -> Iterator[None]:
-        """While this lasts, the vision tower knows the answer: the forward pass need not run it once more."""
+    def _see(self, rows: Any, given: Inputs) -> Any:
+        return self.model.model.visual(rows, grid_thw=self.torch.tensor([given.grid], device=self.device))
+
+    def _read(self, ids: Any, features: Any, given: Inputs) -> Any:
+        """The prompt, by a forward pass that knows what the vision tower would answer."""
+        extra: dict[str, Any] = {}
+        if given.rows is not None:
+            extra = {"pixel_values": self.torch.from_numpy(given.rows).to(self.device, self.model.dtype)}
+            extra["image_grid_thw"] = self.torch.tensor([given.grid], device=self.device)
+            extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         tower = self.model.model.visual
         forward, tower.forward = tower.forward, lambda *_, **__: features
-        yield
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
         tower.forward = forward
+        return out
 
     def _decode(self, out: Any, steps: int) -> None:
         cache = out.past_key_values
         token = out.logits[:, -1:].argmax(-1)
         for _ in range(steps):
             out = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
             token = out.logits[:, -1:].argmax(-1)
             token.item()
 
@@ -152,38 +156,18 @@ class Torch:
 class Original(Torch):
     """The original Qwen-VL's own PyTorch code, which its folder must bring along: no package has it."""
 
-    def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
-        import torch
+    def _load(self, folder: str, dtype: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
-        self.clock, self.torch, self.config = clock, torch, _config(folder)
-        self.device = "mps" if torch.backends.mps.is_available() else "cpu"
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=getattr(torch, dtype)
-        )
-        self.model = loaded.to(self.device).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
 
-    def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
-        torch, visual = self.torch, self.model.transformer.visual
-        with torch.no_grad():
-            ids = torch.from_numpy(given.ids)[None].to(self.device)
-            began = self.clock()
-            if given.photo is not None:
-                preprocess.reference(given.photo, self.config)
-            start = self.clock()
-            features = None
-            if given.rows is not None:
-                features = visual(torch.from_numpy(given.rows)[None].to(self.device, self.model.dtype))
-                self._wait()
-            seen = self.clock()
-            visual.encode = lambda paths: features  # it would open the paths that stand in the slots
-            out = self.model(input_ids=ids, use_cache=True)
-            self._wait()
-            first = self.clock()
-            logits = out.logits[0, -1].float().cpu().numpy()
-            self._decode(out, case.new_tokens)
-            end = self.clock()
-        return _timings(start, seen, first, end, case, began), logits
+    def _see(self, rows: Any, given: Inputs) -> Any:
+        return self.model.transformer.visual(rows[None])
+
+    def _read(self, ids: Any, features: Any, given: Inputs) -> Any:
+        # it would open the paths that stand in the slots
+        self.model.transformer.visual.encode = lambda paths: features
+        return self.model(input_ids=ids, use_cache=True)
 
 
 class MlxVlm:

@@ -15,9 +15,8 @@ from qwenvl_mlx.models.base import VisionLanguageModel
 
 STEP = 256  # tokens by which buffers grow, as mlx-lm's do; an eighth of what long ones hold
 
-State = list[
-    dict[str, Any]
-]  # of each layer: {"rows": …} of keys and values, or {"arrays": […]} of a recurrence
+# Of each layer: {"rows": …} of keys and values, or {"arrays": […]} of a recurrence.
+State = list[dict[str, Any]]
 
 
 def capacity(length: int) -> int:
