@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import blas
+
 ON_WEIGHTS = ("compare", "roofline", "growth")
 OTHERS = ("startup", "preprocess", "counts", "host")
 
@@ -50,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu: processor seconds of all threads, on a machine that others use too",
     )
     parser.add_argument(
+        "--cores",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processor cores for products on a CPU; all else that MLX does there takes one (default %(default)s)",
+    )
+    parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="measured rounds (default %(default)s)"
     )
     parser.add_argument(
@@ -67,6 +76,7 @@ def _measure(what: str, args: argparse.Namespace, folder: Path) -> Measured:
     from benchmarks.cases import CASES
     from benchmarks.device import describe
 
+    cases = [case for case in CASES if not args.cases or any(part in case.name for part in args.cases)]
     if what == "counts":
         counts = launches.measure()
         return {"device": describe(), "counts": counts}, launches.table(counts)
@@ -78,15 +88,15 @@ def _measure(what: str, args: argparse.Namespace, folder: Path) -> Measured:
         model = Path(args.model or startup.DEMO)
         return startup.measure(model, peer_python=args.peer_python, rounds=args.rounds)
     if what == "roofline":
-        return roofline.measure(folder, dtype=args.dtype)
+        return roofline.measure(folder, dtype=args.dtype, rounds=args.rounds, cases=cases)
     if what == "growth":
         return growth.measure(folder, dtype=args.dtype)
-    cases = [case for case in CASES if not args.cases or any(part in case.name for part in args.cases)]
     report = compare.compare(
         folder,
         programs=compare.available(_programs(args), args.peer_python, folder),
         dtype=args.dtype,
         clock=args.clock,
+        cores=args.cores,
         rounds=args.rounds,
         cases=cases,
         peer_python=args.peer_python,
@@ -120,6 +130,7 @@ def _weights(args: argparse.Namespace, scratch: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    blas.load()
     wanted = (*ON_WEIGHTS, *OTHERS) if args.what == "all" else (args.what,)
     reports, texts = {}, []
     with tempfile.TemporaryDirectory() as scratch:

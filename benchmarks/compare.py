@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.blas import on_cores, preloaded
 from benchmarks.cases import CASES, Case
-from benchmarks.device import describe, fast_blas
+from benchmarks.device import describe
 from benchmarks.programs import BLIND
 
 NEEDS = {"qwenvl-mlx": "mlx", "torch": "transformers", "mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}
@@ -43,14 +44,15 @@ class Result:
 class Worker:
     """One program in its own process."""
 
-    def __init__(self, name: str, folder: Path, options: Sequence[str], python: str) -> None:
+    def __init__(self, name: str, folder: Path, options: Sequence[str], python: str, cores: int) -> None:
         self.name = name
         self.process = subprocess.Popen(
             [python, "-m", "benchmarks.programs", name, str(folder), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | ({} if name == "torch" else fast_blas()),  # torch brings its own
+            # torch brings a fast BLAS of its own
+            env=os.environ | on_cores(cores) | ({} if name == "torch" else preloaded(cores)),
         )
         self.loaded = self._answer()
 
@@ -94,13 +96,13 @@ def available(names: Sequence[str], peer_python: str | None, folder: Path) -> li
 
 @contextlib.contextmanager
 def _workers(
-    names: Sequence[str], folder: Path, options: Sequence[str], peer_python: str | None
+    names: Sequence[str], folder: Path, options: Sequence[str], peer_python: str | None, cores: int
 ) -> Iterator[list[Worker]]:
     workers: list[Worker] = []
     try:
         for name in names:
             python = peer_python if name == "mlx-vlm" and peer_python else sys.executable
-            workers.append(Worker(name, folder, options, python))
+            workers.append(Worker(name, folder, options, python, cores))
         yield workers
     finally:
         for worker in workers:
@@ -113,15 +115,19 @@ def compare(
     programs: Sequence[str],
     dtype: str = "float32",
     clock: str = "wall",
+    cores: int = 1,
     rounds: int = 3,
     cases: Sequence[Case] = CASES,
     peer_python: str | None = None,
 ) -> dict[str, Any]:
-    """Run every case in every program ``rounds`` times, in turn, after one warm-up."""
+    """Run every case in every program ``rounds`` times, in turn, after one warm-up.
+
+    ``cores``: what products may take on a CPU. All else that MLX computes there takes one.
+    """
     results: list[Result] = []
     with (
         tempfile.TemporaryDirectory() as scratch,
-        _workers(programs, folder, [dtype, clock], peer_python) as workers,
+        _workers(programs, folder, [dtype, clock], peer_python, cores) as workers,
     ):
         for case in cases:
             able = [worker for worker in workers if case.picture is None or worker.name not in BLIND]
@@ -142,6 +148,7 @@ def compare(
         "device": describe(),
         "dtype": dtype,
         "clock": clock,
+        "cores": cores,
         "model": folder.name,
         "loads": loads,
         "results": [asdict(result) for result in results],

@@ -49,6 +49,7 @@ FUSED = {
 }
 TAGS = {name: tag for tag, name in FUSED.items()}
 PRODUCTS = ("Matmul", "QuantizedMatmul", "AddMM")
+GATHERED = ("GatherMM", "GatherQMM")  # products with chosen experts
 UPDATES = ("SliceUpdate", "DynamicSliceUpdate")  # in place
 
 Shape = tuple[int, ...]
@@ -56,12 +57,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """``launches``: kernels; ``copies``: those among them that only straighten strides; bytes as read and written."""
+    """``launches``: kernels; ``copies``: those among them that only straighten strides; bytes as read and written.
+
+    ``flops``: of products, two for each multiplication and sum; a causal mask saves nothing.
+    """
 
     launches: int
     copies: int
     weight_bytes: int
     bytes_moved: int
+    flops: int
     by_primitive: dict[str, int]
 
 
@@ -134,6 +139,7 @@ def count(function: Callable[..., Any], *arguments: mx.array) -> Cost:
         copies=trace.copies,
         weight_bytes=trace.weight_bytes,
         bytes_moved=trace.bytes_moved,
+        flops=trace.flops,
         by_primitive=dict(eager.most_common()),
     )
 
@@ -172,7 +178,7 @@ class _Trace:
         self.constants: dict[str, mx.array] = {}
         self.tags: dict[str, str] = {}
         self.counted: set[str] = set()
-        self.copies = self.weight_bytes = self.bytes_moved = 0
+        self.copies = self.weight_bytes = self.bytes_moved = self.flops = 0
 
     def read(self, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -198,8 +204,12 @@ class _Trace:
             inputs = [tensor for tensor in inputs if tensor[0] not in self.tags]
             launched = kind is not None
             self._fused(kind, first, outputs)
+            if kind == "SDPA":  # with the keys, then with the values
+                self.flops += 4 * math.prod(outputs[0][1]) * inputs[1][1][-2]
         elif not launched:
             launched = self._view(name, first, outputs, arguments)
+        if name in (*PRODUCTS, *GATHERED):
+            self.flops += 2 * math.prod(outputs[0][1]) * first[1][-1]
         if name in PRODUCTS and not self._readable(name, first):
             self.copies += 1
         if launched:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-
-BLIS = Path("/usr/lib/x86_64-linux-gnu/blis-pthread/libblis.so.4")  # Debian's libblis4-pthread
 
 
 def describe() -> dict[str, str]:
@@ -26,14 +22,6 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "mlx": version("mlx"),
     }
-
-
-def fast_blas() -> dict[str, str]:
-    """Environment variables that give MLX's CPU backend on Linux a fast BLAS: its own takes 20 times as long."""
-    if not BLIS.exists():
-        return {}
-    threads = os.environ.get("BLIS_NUM_THREADS", str(os.cpu_count()))
-    return {"LD_PRELOAD": os.environ.get("LD_PRELOAD") or str(BLIS), "BLIS_NUM_THREADS": threads}
 
 
 def _chip() -> str:

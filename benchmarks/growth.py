@@ -15,13 +15,14 @@ from benchmarks.cases import Case, inputs
 from benchmarks.device import describe
 from benchmarks.programs import Ours
 from qwenvl_mlx.config import read_json
+from qwenvl_mlx.engine import EngineOptions
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Media
 
 PICTURES = ((448, 448), (896, 672), (1344, 1008), (1792, 1344), (2016, 1568))  # to 16,128 patches of 14
 PROMPTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16)
-CHUNK = 512
+SLICES = (64, 128, 256, 512, 1024, 2048)
 PATIENCE = 20.0  # seconds; after a point that took longer a series ends
 
 
@@ -81,12 +82,19 @@ def _prefill(program: Ours, config: dict[str, Any]) -> list[Point]:
     return points
 
 
-def _filled(program: Ours, ids: list[int]) -> Cache:
+def _slices(program: Ours, config: dict[str, Any]) -> list[Point]:
+    """A prompt as long as the largest slice, read in slices of each size."""
+    ids = inputs(Case("", None, SLICES[-1], 1), config).ids.tolist()
+    return [_point(size, lambda size=size: _filled(program, ids, size)) for size in SLICES]
+
+
+def _filled(program: Ours, ids: list[int], slice_size: int = EngineOptions.prefill_chunk) -> Cache:
     model = program.model
     cache = model.make_cache()
     embedded = model.embed(ids, [], [])
-    for begin in range(0, len(ids), CHUNK):
-        mx.eval(model(embedded.slice(begin, begin + CHUNK), cache=cache, last_only=True), cache.arrays)
+    for begin in range(0, len(ids), slice_size):
+        logits = model(embedded.slice(begin, begin + slice_size), cache=cache, last_only=True)
+        mx.eval(logits, cache.arrays)
     return cache
 
 
@@ -109,6 +117,7 @@ def measure(folder: Path, *, dtype: str) -> tuple[dict[str, Any], str]:
         "vision, patches": _vision(program, config),
         "prefill, tokens": _prefill(program, config),
         "decode step, rows": _batch(program, config),
+        f"prefill of {SLICES[-1]:,} tokens, size of a slice": _slices(program, config),
     }
     lines = ["| what | size: seconds, MB held | exponent of time | of memory |", "|---|---|---|---|"]
     exponents = {}

@@ -114,9 +114,9 @@ def _measure(config: dict[str, Any]) -> dict[str, Any]:
             model, cache = built(config, bits=bits)
             row[f"decode {label}"] = _decode(model, cache)
             row[f"compiled {label}"] = compiled(model, cache)
-            row[f"prefill {label}"] = _prefill(model, cache)
+            row[f"prefill {label}"] = prefill(model, cache, PROMPT)
         for size in PICTURES:
-            row[f"picture {size[0]}x{size[1]}"] = _vision(model, _picture(config, size))
+            row[f"picture {size[0]}x{size[1]}"] = vision(model, _picture(config, size))
     return {what: {"launches": cost.launches, "bytes": cost.bytes_moved} for what, cost in row.items()}
 
 
@@ -135,9 +135,9 @@ def compiled(model: Any, cache: Cache) -> Cost:
     return count(lambda tokens: step.compiled(tokens, *decoding.inputs), mx.array([[5]]))
 
 
-def _prefill(model: Any, cache: Cache) -> Cost:
-    """A slice of a prompt after another one."""
-    embedded = model.embed(PROMPT, [], [])
+def prefill(model: Any, cache: Cache, tokens: Sequence[int]) -> Cost:
+    """A slice of a prompt after what is cached."""
+    embedded = model.embed(tokens, [], [])
 
     def run(embeddings: mx.array) -> Any:
         state = copy.deepcopy(cache)
@@ -148,7 +148,7 @@ def _prefill(model: Any, cache: Cache) -> Cost:
     return count(run, embedded.embeddings)
 
 
-def _vision(model: Any, media: Media) -> Cost:
+def vision(model: Any, media: Media) -> Cost:
     rows = mx.array(media.patches)
     mx.eval(rows)
 

@@ -93,7 +93,6 @@ class Torch:
         import torch
 
         self.clock, self.torch, self.config = clock, torch, _config(folder)
-        torch.set_num_threads(int(np.clip(torch.get_num_threads(), 1, 64)))
         self.device = "mps" if torch.backends.mps.is_available() else "cpu"
         self.model: Any = self._load(folder, getattr(torch, dtype)).to(self.device).eval()
 

@@ -4,54 +4,43 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from benchmarks.cases import CASES, inputs
+from benchmarks import launches
+from benchmarks.cases import CASES, Case, Inputs, inputs
+from benchmarks.counts import metal_view
 from benchmarks.device import bandwidth, describe, matmul_rate
 from benchmarks.programs import Ours
-from qwenvl_mlx.config import read_json
 from qwenvl_mlx.engine.kv import kv_cost
+from qwenvl_mlx.media import Media
 
 
-def _elements(model: Any, prefix: str) -> int:
-    """Weights of the matrices under ``prefix``, counted unpacked: a product takes two operations for each."""
-    total = 0
-    for name, array in tree_flatten(model.parameters()):
-        if name.startswith(prefix) and array.ndim >= 2 and not name.endswith(("scales", "biases")):
-            packed = array.dtype == mx.uint32
-            total += array.size * (8 if packed else 1)
-    return total
-
-
-def measure(folder: Path, *, dtype: str, rounds: int = 3) -> tuple[dict[str, Any], str]:
+def measure(
+    folder: Path, *, dtype: str, rounds: int = 3, cases: Sequence[Case] = CASES
+) -> tuple[dict[str, Any], str]:
     """Report and Markdown table of vision, prefill and decode against the measured limits of this device."""
     program = Ours(str(folder), dtype, time.perf_counter)
-    config = read_json(folder / "config.json")
     rate, bytes_a_second = matmul_rate(getattr(mx, dtype)), bandwidth()
-    tower = _elements(program.model, "vision_tower")
-    decoder = _elements(program.model, "language_model.model.layers")
-    weight_bytes = sum(
-        array.nbytes
-        for name, array in tree_flatten(program.model.parameters())
-        if name.startswith("language_model")
-    )
+    read = _weight_bytes(program.model)
     a_token = kv_cost(program.model, None).token
     rows = []
-    for case in CASES:
-        given = inputs(case, config)
+    for case in cases:
+        given = inputs(case, program.config)
         runs = [program.run(case, given)[0] for _ in range(rounds + 1)][1:]
         took = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
-        patches = 0 if given.rows is None else len(given.rows)
-        row = {"case": case.name, **took}
-        row["vision of peak"] = 2 * tower * patches / took["vision"] / rate if patches else None
-        row["prefill of peak"] = 2 * decoder * len(given.ids) / took["prefill"] / rate
-        moved = weight_bytes + a_token * (len(given.ids) + case.new_tokens / 2)
-        row["decode of bandwidth"] = moved / took["decode"] / bytes_a_second
-        rows.append(row)
+        vision, prefill = _operations(program.model, given)
+        moved = read + a_token * (len(given.ids) + case.new_tokens / 2)
+        share = {
+            "vision of peak": vision / took["vision"] / rate if vision else None,
+            "prefill of peak": prefill / took["prefill"] / rate,
+            "decode of bandwidth": moved / took["decode"] / bytes_a_second,
+        }
+        rows.append({"case": case.name, "vision flops": vision, "prefill flops": prefill, **took, **share})
     report = {
         "device": describe(),
         "dtype": dtype,
@@ -66,3 +55,22 @@ def measure(folder: Path, *, dtype: str, rounds: int = 3) -> tuple[dict[str, Any
         cells = " | ".join("–" if share is None else f"{share:.0%}" for share in shares)
         lines.append(f"| {row['case']} | {cells} |")
     return report, "\n".join(lines)
+
+
+def _operations(model: Any, given: Inputs) -> tuple[int, int]:
+    """Of the products that encode the picture and read the prompt, counted from their graphs."""
+    with metal_view():
+        cost = launches.prefill(model, model.make_cache(), [1] * len(given.ids))
+        if given.rows is None or given.grid is None:
+            return 0, cost.flops
+        return launches.vision(model, Media("image", given.rows, given.grid)).flops, cost.flops
+
+
+def _weight_bytes(model: Any) -> int:
+    """What a token reads of the decoder: of a table of embeddings that is not the output layer too, one row."""
+    tied = "lm_head" not in model.language_model
+    return sum(
+        array.nbytes
+        for name, array in tree_flatten(model.language_model.parameters())
+        if tied or not name.startswith("model.embed_tokens")
+    )

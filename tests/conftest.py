@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import DATA, SHARED
 from server_fixtures import *  # noqa: F403
 
-BLIS = Path("/usr/lib/x86_64-linux-gnu/blis-pthread/libblis.so.4")
+from benchmarks import blas
 
-# The mlx-cpu wheel links the reference BLAS: matrix products are 20-40 times slower than with this one. Loaded after
-# mlx it would have no effect.
-if BLIS.exists() and "mlx.core" not in sys.modules:
-    os.environ.setdefault("BLIS_NUM_THREADS", "1")
-    ctypes.CDLL(str(BLIS), mode=ctypes.RTLD_GLOBAL)
-
+blas.load()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, inputs
 from benchmarks.compare import PARTS, Result, available, table
+from benchmarks.counts import metal_view
 from benchmarks.growth import exponent
-from benchmarks.launches import narrow
+from benchmarks.launches import built, narrow, prefill
+from benchmarks.plot import draw
 from benchmarks.programs import PROGRAMS
 from benchmarks.synthetic import shape, write_mlx
 from qwenvl_mlx.sizes import SIZES
@@ -133,6 +136,38 @@ def test_ratios_are_of_runs_in_the_same_round() -> None:
 def test_exponents_are_those_of_power_laws() -> None:
     sizes = [1, 2, 4, 8]
     assert exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+
+
+def test_a_bar_stands_at_its_case_for_each_program(tmp_path: Path) -> None:
+    """Programs that do not run every case too: their bars stand where those cases are."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pairs = {("qwenvl-mlx", "a"): 1.0, ("qwenvl-mlx", "b"): 2.0, ("mlx-lm", "b"): 3.0}
+    results = [Result(*pair, {part: [time] for part in PARTS}) for pair, time in pairs.items()]
+    draw({"device": {"chip": "M2"}, "results": [vars(result) for result in results]}, tmp_path / "bars.png")
+    figure = pyplot.gcf()
+    assert [panel.get_title() for panel in figure.axes] == [f"{part} (s)" for part in PARTS]
+    for panel in figure.axes:
+        assert [label.get_text() for label in panel.get_xticklabels()] == ["a", "b"]
+        bars = {bar.get_height(): bar.get_x() + bar.get_width() / 2 for bar in panel.patches}
+        assert bars.keys() == {1.0, 2.0, 3.0}
+        assert bars[2.0] - bars[1.0] == pytest.approx(1)
+        assert bars[3.0] - bars[2.0] == pytest.approx(1 / 3)  # beside the other program's, not over it
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+    pyplot.close(figure)
+
+
+def test_operations_of_a_graph_are_counted() -> None:
+    """Two for each weight and token; attention to all keys, once with the keys and once with the values."""
+    config = narrow(SIZES["Qwen2.5-VL-7B"])
+    config["num_hidden_layers"] = 2
+    with metal_view():
+        model, _ = built(config, bits=None)
+        found = prefill(model, model.make_cache(), [1] * 24).flops
+        head, layer = model.language_model.lm_head, model.language_model.model.layers[0]
+        matrices = [array for _, array in tree_flatten(layer.parameters()) if array.ndim == 2]
+    heads = config["num_attention_heads"] * config["head_dim"]
+    each = 2 * 24 * sum(matrix.size for matrix in matrices) + 4 * 24 * 24 * heads
+    assert found == 2 * each + 2 * head.weight.size
 
 
 def test_an_unknown_shape_is_told() -> None:

@@ -26,28 +26,34 @@ def exp_pays(x: mx.array) -> bool:
 
 def exp(x: mx.array, rate: float = 1.0) -> mx.array:
     """``e^(rate x)`` in float32; 0 below -88, infinite above 88."""
-    exponent = _exponent(x, rate)
-    return _polynomial(x, exponent, rate) * mx.view(_bits(exponent), mx.float32)
+    rest, power = _factors(x, rate)
+    return rest * power
 
 
 def swish(x: mx.array, *, slope: mx.array | None = None, rate: float = 1.0) -> mx.array:
     """``x sigmoid(rate slope)``; the slope is ``x`` itself where none is given."""
-    return _over(x, exp(x if slope is None else slope, -rate))
+    return _over(x, *_factors(x if slope is None else slope, -rate))
 
 
 def swish_times(x: mx.array, other: mx.array) -> mx.array:
     """``x sigmoid(x) other``."""
-    return _over_times(x, exp(x, -1.0), other)
+    return _over_times(x, *_factors(x, -1.0), other)
+
+
+def _factors(x: mx.array, rate: float) -> tuple[mx.array, mx.array]:
+    """``exp(r)`` and ``2^e``, whose product is ``e^(rate x)``."""
+    exponent = _exponent(x, rate)
+    return _polynomial(x, exponent, rate), mx.view(_bits(exponent), mx.float32)
 
 
 @mx.compile
-def _over(x: mx.array, more: mx.array) -> mx.array:
-    return x / (1 + more)
+def _over(x: mx.array, rest: mx.array, power: mx.array) -> mx.array:
+    return x / (1 + rest * power)
 
 
 @mx.compile
-def _over_times(x: mx.array, more: mx.array, other: mx.array) -> mx.array:
-    return x / (1 + more) * other
+def _over_times(x: mx.array, rest: mx.array, power: mx.array, other: mx.array) -> mx.array:
+    return x / (1 + rest * power) * other
 
 
 @mx.compile

@@ -7,6 +7,7 @@ of many patches gain in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from qwenvl_mlx.layers.mlx_lm import leaf
 mlx_lm = leaf("models.base")
 
 PIECE = 1 << 17  # scores of one piece: half a megabyte
+FEW = 32  # queries that are worth a product of their own
 NEVER = -1e9  # a score that gives no weight
 
 ROWS = 256  # of a feed-forward layer at once
@@ -73,6 +75,11 @@ def _per_group(mask: Mask, groups: int) -> Mask:
     return mask[:, :, None] if mask.shape[1] == 1 else mx.unflatten(mask, 1, (groups, -1))
 
 
+@partial(mx.compile, shapeless=True)
+def _masked(scores: mx.array, seen: mx.array) -> mx.array:
+    return mx.where(seen, scores, NEVER)
+
+
 class _Pieces:
     """Computes pieces one after the other: each waits for the one before, so that few are alive at once."""
 
@@ -83,6 +90,8 @@ class _Pieces:
         """``q`` ``[B, kv heads, heads a kv head, L, size]`` -> the same."""
         scores = q.size // q.shape[-1] * k.shape[2]
         axis = next((axis for axis in range(4) if q.shape[axis] > 1), 3)
+        if isinstance(mask, str) and q.shape[3] * PIECE // scores >= FEW:
+            axis = 3  # the earlier queries of all heads see fewer keys
         count = q.shape[axis]
         step = max(count * PIECE // scores, 1)
         if step >= count:
@@ -110,9 +119,10 @@ class _Pieces:
         scores = k @ q.reshape(batch, groups, each * length, size).swapaxes(-1, -2)
         if mask is not None:
             if isinstance(mask, str):
-                mask = mx.arange(keys - length, keys)[:, None] >= mx.arange(keys)
-            mask = mask.reshape((1,) * (5 - mask.ndim) + mask.shape).transpose(0, 1, 4, 2, 3)
-            scores = mx.where(mask, mx.unflatten(scores, -1, (each, length)), NEVER).flatten(-2)
+                seen = mx.arange(keys)[:, None, None] <= mx.arange(keys - length, keys)
+            else:
+                seen = mask.reshape((1,) * (5 - mask.ndim) + mask.shape).transpose(0, 1, 4, 2, 3)
+            scores = _masked(mx.unflatten(scores, -1, (each, length)), seen).flatten(-2)
         weights = scores - mx.max(scores, axis=-2, keepdims=True)
         weights = exp(weights) if exp_pays(weights) else mx.exp(weights)
         total = mx.sum(weights, axis=-2)
