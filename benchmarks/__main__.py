@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=3, metavar="N", help="measured rounds (default %(default)s)"
     )
     parser.add_argument(
+        "--patience",
+        type=float,
+        default=20,
+        metavar="S",
+        help="growth: a series ends with the first point of more seconds (default %(default)s)",
+    )
+    parser.add_argument(
         "--cases", nargs="+", metavar="TEXT", help="only cases whose name contains one of these"
     )
     parser.add_argument(
@@ -90,7 +97,7 @@ def _measure(what: str, args: argparse.Namespace, folder: Path) -> Measured:
     if what == "roofline":
         return roofline.measure(folder, dtype=args.dtype, rounds=args.rounds, cases=cases)
     if what == "growth":
-        return growth.measure(folder, dtype=args.dtype)
+        return growth.measure(folder, dtype=args.dtype, patience=args.patience)
     report = compare.compare(
         folder,
         programs=compare.available(_programs(args), args.peer_python, folder),

@@ -166,10 +166,10 @@ def table(report: dict[str, Any]) -> str:
     rows = [Result(**row) for row in report["results"]]
     for row in rows:
         ours = next(other for other in rows if other.case == row.case and other.program == "qwenvl-mlx")
-        cells = [f"{row.median(part):.3f}{_ratio(ours, row, part)}" for part in PARTS[:-1]]
-        cells[0] = (
-            cells[0] if row.median("preprocess") else "–"
-        )  # a case without picture, or no code of its own
+        cells = [
+            f"{row.median(part):.3f}{_ratio(ours, row, part)}" if row.median(part) else "–"
+            for part in PARTS[:-1]
+        ]
         speed = f"{1 / row.median('decode'):.1f}{_ratio(ours, row, 'decode')}"
         vision = f"{row.vision_bytes / 1e9:.2f}" if row.vision_bytes else "–"
         numbers = f"{vision} | {row.peak / 1e9:.2f} | {row.difference:.1e}"
@@ -185,7 +185,7 @@ def _loads(report: dict[str, Any]) -> list[str]:
 
 
 def _ratio(ours: Result, other: Result, part: str) -> str:
-    if ours is other or other.median(part) < 1e-4:
+    if ours is other or not other.median(part):
         return ""
     pairs = [a / b for a, b in zip(ours.samples[part], other.samples[part], strict=True)]
     return f" (ours ×{statistics.median(pairs):.2f})"

@@ -12,14 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import preprocess
 from benchmarks.cases import Case, Inputs, inputs
 from benchmarks.device import peak_bytes, reset_peak
+
+if TYPE_CHECKING:  # imports are part of what loading takes
+    from qwenvl_mlx.layers.cache import Cache
+    from qwenvl_mlx.media import Embedded
+    from qwenvl_mlx.models.base import VisionLanguageModel
 
 Timings = dict[str, float]
 Clock = Callable[[], float]
@@ -43,13 +49,10 @@ class Ours:
     """qwenvl-mlx itself."""
 
     def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
-        import mlx.core as mx
-
-        self.clock = clock
         from qwenvl_mlx import load_model
         from qwenvl_mlx.engine.step import CompiledStep
 
-        self.mx = mx
+        self.clock = clock
         self.model = load_model(folder, dtype=dtype)
         self.step = CompiledStep(self.model)
         self.config = _config(folder)
@@ -59,19 +62,19 @@ class Ours:
         from qwenvl_mlx import Media
         from qwenvl_mlx.engine.step import Decoding
 
-        mx, model = self.mx, self.model
+        model = self.model
         began = self.clock()
         if given.photo is not None:
             preprocess.ours(given.photo, self.config)
         media = [] if given.rows is None or given.grid is None else [Media("image", given.rows, given.grid)]
         start = self.clock()
-        with _counted(mx) as held:
+        with _counted() as held:
             features = model.encode(media)
             mx.eval([(item.embeddings, item.deepstack) for item in features])
         seen = self.clock()
-        embedded = model.embed(given.ids.tolist(), features, media)
         cache = model.make_cache()
-        logits = model(embedded, cache=cache, last_only=True)[0, -1].astype(mx.float32)
+        embedded = model.embed(given.ids.tolist(), features, media)
+        logits = read(model, embedded, cache)[0, -1].astype(mx.float32)
         token = mx.argmax(logits)
         mx.eval(token, logits)
         first = self.clock()
@@ -84,6 +87,17 @@ class Ours:
         mx.eval(token)
         end = self.clock()
         return _timings(start, seen, first, end, case, began) | held, np.array(logits)
+
+
+def read(model: VisionLanguageModel, embedded: Embedded, cache: Cache, most: int | None = None) -> mx.array:
+    """Logits ``[1, 1, vocab]`` of a prompt's end, read in slices of so many tokens or as the engine's are."""
+    from qwenvl_mlx.engine import EngineOptions
+
+    most = most or EngineOptions.prefill_chunk
+    for begin in range(0, len(embedded), most):
+        logits = model(embedded.slice(begin, begin + most), cache=cache, last_only=True)
+        mx.eval(cache.arrays)
+    return logits
 
 
 class Torch:
@@ -173,12 +187,10 @@ class MlxVlm:
     """mlx-vlm, where it is installed."""
 
     def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
-        import mlx.core as mx
         from mlx.utils import tree_map
         from mlx_vlm.utils import load_model
 
         self.clock = clock
-        self.mx = mx
         self.model: Any = load_model(Path(folder))
         cast = getattr(mx, dtype)
         self.model.update(
@@ -193,12 +205,12 @@ class MlxVlm:
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
         from mlx_vlm.models.cache import make_prompt_cache
 
-        mx, model = self.mx, self.model
+        model = self.model
         ids = mx.array(given.ids)[None]
         extra: dict[str, Any] = {}
         rows = features = None
         start = self.clock()
-        with _counted(mx) as held:
+        with _counted() as held:
             if given.rows is not None and given.grid is not None:
                 rows, grid = mx.array(given.rows), mx.array([given.grid])
                 features = model.vision_tower(rows, grid)
@@ -239,11 +251,9 @@ class MlxLm:
     """mlx-lm, which runs the decoders alone."""
 
     def __init__(self, folder: str, dtype: str, clock: Clock) -> None:
-        import mlx.core as mx
         from mlx_lm.utils import load_model
 
         self.clock = clock
-        self.mx = mx
         self.model: Any = load_model(Path(folder))[0]
         self.model.set_dtype(getattr(mx, dtype))
         mx.eval(self.model.parameters())
@@ -252,7 +262,7 @@ class MlxLm:
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
         from mlx_lm.models.cache import make_prompt_cache
 
-        mx, model = self.mx, self.model
+        model = self.model
         start = self.clock()
         cache = make_prompt_cache(model)
         logits = model(mx.array(given.ids)[None], cache=cache)[0, -1].astype(mx.float32)
@@ -287,7 +297,7 @@ BLIND = ("mlx-lm",)  # programs without a vision tower
 
 
 @contextlib.contextmanager
-def _counted(mx: Any) -> Iterator[Timings]:
+def _counted() -> Iterator[Timings]:
     """Fills in the bytes that MLX held at most, beyond those that it held before."""
     held: Timings = {}
     mx.clear_cache()
@@ -301,8 +311,8 @@ def _timings(
     start: float, seen: float, first: float, end: float, case: Case, began: float | None = None
 ) -> Timings:
     return {
-        "preprocess": 0.0 if began is None else start - began,
-        "vision": seen - start,
+        "preprocess": 0.0 if began is None or case.picture is None else start - began,
+        "vision": 0.0 if case.picture is None else seen - start,
         "prefill": first - seen,
         "first token": first - start,
         "decode": (end - first) / case.new_tokens,

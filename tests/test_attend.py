@@ -31,10 +31,11 @@ def tensors(shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> list[mx.arr
 
 
 @pytest.mark.parametrize("piece", [1, 300, 5000, 1 << 18])
+@pytest.mark.parametrize("keys_at_once", [7, 512])
 @pytest.mark.parametrize("kind", ["none", "causal", "rows", "batch"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pieces_give_what_the_whole_gives(
-    shape: tuple[int, ...], kind: str, piece: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], kind: str, keys_at_once: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch, _, _, queries, keys, _ = shape
     mask: mx.array | str | None = None if kind == "none" else "causal"
@@ -44,6 +45,7 @@ def test_pieces_give_what_the_whole_gives(
     q, k, v = tensors(shape)
     whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
     monkeypatch.setattr(fused, "PIECE", piece)
+    monkeypatch.setattr(fused, "KEYS", keys_at_once)
     found = attend(q, k, v, scale=0.3, mask=mask)
     assert found.shape == whole.shape
     assert mx.abs(found - whole).max() < 1e-5  # mx.exp is 4e-6 away from the truth

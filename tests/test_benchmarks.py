@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from benchmarks import growth
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, inputs
 from benchmarks.compare import PARTS, Result, available, table
@@ -131,6 +133,37 @@ def test_ratios_are_of_runs_in_the_same_round() -> None:
     row = table(report).splitlines()[-1]
     assert "| 3.000 (ours ×1.00) |" in row  # median of 0.5, 1 and 2
     assert "| 5.00 |" in row
+
+
+def test_shares_of_what_the_device_allows(folder: Path, tmp_path: Path) -> None:
+    options = ["--model", str(folder), "--cases", "448", "--rounds", "1", "--output", str(tmp_path)]
+    assert main(["roofline", *options]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["roofline"]
+    (row,) = report["results"]
+    for part, what, limit in (("vision", "flops", "matmul"), ("prefill", "flops", "matmul")):
+        assert row[f"{part} of peak"] == pytest.approx(row[f"{part} {what}"] / row[part] / report[limit])
+    assert 0 < row["decode of bandwidth"] < 2
+    assert "| picture 448x448 |" in (tmp_path / "report.md").read_text()
+
+
+def sizes(report: dict[str, Any]) -> list[list[int]]:
+    return [[point["size"] for point in points] for points in report["series"].values()]
+
+
+def test_series_grow_until_patience_ends(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "PICTURES", ((112, 112), (224, 224)))
+    for name in ("PROMPTS", "BATCHES", "SLICES"):
+        monkeypatch.setattr(growth, name, (2, 4, 8))
+    options = ["--model", str(folder), "--output", str(tmp_path)]
+    assert main(["growth", *options]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["growth"]
+    assert sizes(report) == [[64, 256], [2, 4, 8], [2, 4, 8], [2, 4, 8]]
+    assert all(point["held"] > 1 for point in report["series"]["vision, patches"])
+    assert main(["growth", *options, "--patience", "0"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["growth"]
+    assert sizes(report) == [[64], [2], [2], [2]]
 
 
 def test_exponents_are_those_of_power_laws() -> None:

@@ -6,6 +6,7 @@ of many patches gain in the same way.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ from qwenvl_mlx.layers.mlx_lm import leaf
 mlx_lm = leaf("models.base")
 
 PIECE = 1 << 17  # scores of one piece: half a megabyte
-FEW = 32  # queries that are worth a product of their own
+KEYS = 512  # of one piece
+FEW = 48  # queries that are worth a piece of their own
 NEVER = -1e9  # a score that gives no weight
 
 ROWS = 256  # of a feed-forward layer at once
@@ -88,44 +90,66 @@ class _Pieces:
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
         """``q`` ``[B, kv heads, heads a kv head, L, size]`` -> the same."""
-        scores = q.size // q.shape[-1] * k.shape[2]
+        scores = q.size // q.shape[-1] * min(k.shape[2], KEYS)
         axis = next((axis for axis in range(4) if q.shape[axis] > 1), 3)
         if isinstance(mask, str) and q.shape[3] * PIECE // scores >= FEW:
-            axis = 3  # the earlier queries of all heads see fewer keys
+            axis = 3
         count = q.shape[axis]
-        step = max(count * PIECE // scores, 1)
-        if step >= count:
+        most = max(count * PIECE // scores, 1)
+        if most >= count:
             return self._whole(q, k, v, mask)
         parts = []
-        for at in range(0, count, step):
-            end = min(at + step, count)
-            piece = q[(slice(None),) * axis + (slice(at, end),)]
-            keys, values = (x[(slice(None),) * axis + (slice(at, end),)] if axis < 2 else x for x in (k, v))
-            part = mask
-            if isinstance(mask, mx.array):
-                part = mask[(slice(None),) * axis + (slice(at, end),)] if mask.shape[axis] > 1 else mask
-            elif mask is not None and axis == 3:  # causal: what none of these queries sees is left out
-                seen = k.shape[2] - count + end
-                keys, values = k[:, :, :seen], v[:, :, :seen]
-            parts.append(self.attend(piece, keys, values, part))
+        for at, end in itertools.pairwise([0, *_even(count, most), count]):
+            keys, values = (_cut(x, axis, at, end) if axis < 2 else x for x in (k, v))
+            if axis == 3 and isinstance(mask, str):  # causal: what none of these queries sees is left out
+                keys, values = (x[:, :, : x.shape[2] - count + end] for x in (k, v))
+            part = _cut(mask, axis, at, end) if isinstance(mask, mx.array) else mask
+            parts.append(self.attend(_cut(q, axis, at, end), keys, values, part))
         return mx.concatenate(parts, axis=axis)
 
     def _whole(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+        """Some keys at a time: where a greater score turns up, the sums over keys before it are scaled down."""
         if self._last is not None:
             q = mx.depends([q], [self._last])[0]
         batch, groups, each, length, size = q.shape
         keys = k.shape[2]
-        # a row for each key: the greatest of a column is found five times as fast as that of a row
-        scores = k @ q.reshape(batch, groups, each * length, size).swapaxes(-1, -2)
-        if mask is not None:
-            if isinstance(mask, str):
-                seen = mx.arange(keys)[:, None, None] <= mx.arange(keys - length, keys)
-            else:
-                seen = mask.reshape((1,) * (5 - mask.ndim) + mask.shape).transpose(0, 1, 4, 2, 3)
-            scores = _masked(mx.unflatten(scores, -1, (each, length)), seen).flatten(-2)
-        weights = scores - mx.max(scores, axis=-2, keepdims=True)
-        weights = exp(weights) if exp_pays(weights) else mx.exp(weights)
-        total = mx.sum(weights, axis=-2)
-        out = (weights.swapaxes(-1, -2) @ v) / total[..., None]
-        self._last = out.reshape(batch, groups, each, length, -1)
+        columns = q.reshape(batch, groups, each * length, size).swapaxes(-1, -2)
+        before: tuple[mx.array, mx.array, mx.array] | None = None
+        for at, end in itertools.pairwise([0, *_even(keys, KEYS), keys]):
+            # a row for each key: the greatest of a column is found five times as fast as that of a row
+            scores = k[:, :, at:end] @ columns
+            seen = _seen(mask, at, end, keys, length)
+            if seen is not None:
+                scores = _masked(mx.unflatten(scores, -1, (each, length)), seen).flatten(-2)
+            top = mx.max(scores, axis=-2, keepdims=True)
+            if before is not None:
+                top = mx.maximum(top, before[0])
+            weights = _exp(scores - top)
+            sums = mx.sum(weights, axis=-2, keepdims=True)
+            mixed = weights.swapaxes(-1, -2) @ v[:, :, at:end]
+            if before is not None:
+                best, total, out = before
+                fade = mx.exp(best - top)
+                sums, mixed = sums + total * fade, mixed + out * fade.swapaxes(-1, -2)
+            before = top, sums, mixed
+            columns = mx.depends([columns], [mixed])[0]
+        self._last = (mixed / sums.swapaxes(-1, -2)).reshape(batch, groups, each, length, -1)
         return self._last
+
+
+def _cut(x: mx.array, axis: int, at: int, end: int) -> mx.array:
+    """A part of an axis that is not broadcast."""
+    return x if x.shape[axis] == 1 else x[(slice(None),) * axis + (slice(at, end),)]
+
+
+def _seen(mask: Mask, at: int, end: int, keys: int, length: int) -> mx.array | None:
+    """What of some keys the last ``length`` queries see, ``[B, kv heads, keys, heads a kv head, L]``; None for all."""
+    if isinstance(mask, mx.array):
+        return _cut(mask, 4, at, end).transpose(0, 1, 4, 2, 3)
+    if mask is None or end <= keys - length + 1:
+        return None
+    return mx.arange(at, end)[:, None, None] <= mx.arange(keys - length, keys)
+
+
+def _exp(x: mx.array) -> mx.array:
+    return exp(x) if exp_pays(x) else mx.exp(x)

@@ -31,6 +31,9 @@ def resize(image: Image, size: int) -> NDArray[np.uint8]:
 
 def normalise(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """``[H, W, 3]`` bytes -> ``[3, H, W]`` float32, in the reference's order of operations."""
-    scaled = pixels.astype(np.float32) / np.float32(255)
-    centred = (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return np.ascontiguousarray(centred.transpose(2, 0, 1))
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
+    planes /= np.float32(255)
+    planes -= mean
+    planes /= std
+    return planes
