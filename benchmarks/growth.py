@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -46,10 +45,10 @@ def _point(size: int, run: Callable[[], object], patience: float) -> Point:
     return Point(size, min(times), max(mx.get_peak_memory() - before, 1))
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Slope of log(value) over log(size); not a number for a single one."""
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
+    """Slope of log(value) over log(size); a single point has none."""
     if len(sizes) < 2:
-        return math.nan
+        return None
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
@@ -126,7 +125,7 @@ def measure(folder: Path, *, dtype: str, patience: float) -> tuple[dict[str, Any
         ]
         exponents[name] = fitted
         cells = "; ".join(f"{p.size:,}: {p.seconds:.3f}, {p.held / 1e6:.0f}" for p in points)
-        lines.append(f"| {name} | {cells} | {fitted[0]:.2f} | {fitted[1]:.2f} |")
+        lines.append(f"| {name} | {cells} | {' | '.join('–' if e is None else f'{e:.2f}' for e in fitted)} |")
     report = {
         "device": describe(),
         "dtype": dtype,

@@ -28,5 +28,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
         panel.set_title(f"{part} (s)")
         panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(", ".join(report["device"].values()))
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in report["device"].items()))
     figure.savefig(path, dpi=150)

@@ -169,6 +169,7 @@ def test_series_grow_until_patience_ends(
 def test_exponents_are_those_of_power_laws() -> None:
     sizes = [1, 2, 4, 8]
     assert exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert exponent([1], [2]) is None
 
 
 def test_a_bar_stands_at_its_case_for_each_program(tmp_path: Path) -> None:
