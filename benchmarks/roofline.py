@@ -26,7 +26,7 @@ def measure(
     """Report and Markdown table of vision, prefill and decode against the measured limits of this device."""
     program = Ours(str(folder), dtype, time.perf_counter)
     rate, bytes_a_second = matmul_rate(getattr(mx, dtype)), bandwidth()
-    read = _weight_bytes(program.model)
+    read = _weight_bytes(program.model, program.config)
     a_token = kv_cost(program.model, None).token
     rows = []
     for case in cases:
@@ -66,11 +66,12 @@ def _operations(model: Any, given: Inputs) -> tuple[int, int]:
         return launches.vision(model, Media("image", given.rows, given.grid)).flops, cost.flops
 
 
-def _weight_bytes(model: Any) -> int:
-    """What a token reads of the decoder: of a table of embeddings that is not the output layer too, one row."""
+def _weight_bytes(model: Any, config: dict[str, Any]) -> float:
+    """What a token reads of the decoder: chosen experts alone, and no table that is not the output layer too."""
     tied = "lm_head" not in model.language_model
+    chosen = config.get("text_config", config).get("num_experts_per_tok", 0)
     return sum(
-        array.nbytes
+        array.nbytes * (chosen / len(array) if ".switch_mlp." in name else 1)
         for name, array in tree_flatten(model.language_model.parameters())
         if tied or not name.startswith("model.embed_tokens")
     )

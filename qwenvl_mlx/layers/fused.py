@@ -93,7 +93,7 @@ class _Pieces:
         scores = q.size // q.shape[-1] * min(k.shape[2], KEYS)
         axis = next((axis for axis in range(4) if q.shape[axis] > 1), 3)
         if isinstance(mask, str) and q.shape[3] * PIECE // scores >= FEW:
-            axis = 3
+            axis = 3  # earlier queries see fewer keys
         count = q.shape[axis]
         most = max(count * PIECE // scores, 1)
         if most >= count:
