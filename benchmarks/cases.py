@@ -49,8 +49,7 @@ def inputs(case: Case, config: dict[str, Any], seed: int = 0) -> Inputs:
     text = config.get("text_config", config)
     vision = config["vision_config"]
     special = [config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id")]
-    limit = min(text["vocab_size"], *special)
-    words = random.integers(10, limit, case.text)
+    words = random.choice(np.setdiff1d(np.arange(text["vocab_size"]), special), case.text)
     if case.picture is None:
         return Inputs(words)
     patch, merge = vision["patch_size"], vision["spatial_merge_size"]

@@ -204,6 +204,15 @@ def test_operations_of_a_graph_are_counted() -> None:
     assert found == 2 * each + 2 * head.weight.size
 
 
+def test_words_are_no_placeholders_wherever_those_stand() -> None:
+    """The demo's stand first in its vocabulary."""
+    config = narrow(SIZES["Qwen2.5-VL-7B"])
+    config.update(image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6)
+    ids = inputs(Case("", None, 2000, 1), config).ids
+    assert not set(ids.tolist()) & {3, 4, 5}
+    assert 0 <= ids.min() < ids.max() < config["vocab_size"]
+
+
 def test_an_unknown_shape_is_told() -> None:
     with pytest.raises(SystemExit, match=r"qwen2\.5-vl-3b"):
         shape("qwen9-vl")
