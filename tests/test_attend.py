@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from qwenvl_mlx.layers import fused
-from qwenvl_mlx.layers.exponential import exp, swish
-from qwenvl_mlx.layers.fused import attend
+from qwenvl_mlx.layers.exponential import exp2_below, swish
+from qwenvl_mlx.layers.fused import NEVER, attend
 from qwenvl_mlx.layers.mlp import gated
 from qwenvl_mlx.layers.vision import ACTIVATIONS
 
@@ -98,14 +98,25 @@ def test_a_gpu_gets_one_fused_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [{"scale": 0.1, "mask": "causal"}]
 
 
-def test_exp_is_exact_and_has_ends() -> None:
-    x = np.linspace(-87, 88, 100_001, dtype=np.float32)
-    truth = np.exp(x.astype(np.float64))
-    assert np.abs(np.array(exp(mx.array(x))) / truth - 1).max() < 2e-7
-    ends = np.array(exp(mx.array([-1e9, -1000.0, -100.0, 0.0, 100.0, 1e9, np.nan])))
-    np.testing.assert_array_equal(ends, [0, 0, 0, 1, np.inf, np.inf, np.nan])
-    ends = np.array(swish(mx.array([-1e9, -100.0, 0.0, 100.0, 1e9])))
-    np.testing.assert_array_equal(ends, [0, 0, 0, 100, np.float32(1e9)])
+def test_powers_are_exact_and_have_ends() -> None:
+    x = (
+        np.round(np.linspace(-126, 0, 100_001) * 2**16).astype(np.float32) / 2**16
+    )  # so that differences are exact
+    for top in (0.0, 3.0):
+        found = np.array(exp2_below(mx.array(x + top), mx.array([top])))
+        assert np.abs(found / np.exp2(x.astype(np.float64)) - 1).max() < 2e-7
+    x[:6] = [NEVER, -4e6, -1000, -200, -128, 0]
+    np.testing.assert_array_equal(np.array(exp2_below(mx.array(x), mx.array([0.0])))[:6], [0, 0, 0, 0, 0, 1])
+    small = np.array(exp2_below(mx.array(x[-100:]), mx.array([0.0])))
+    np.testing.assert_allclose(small, np.exp2(x[-100:]), rtol=1e-6)
+
+
+def test_swish_is_exact_and_has_ends() -> None:
+    x = np.linspace(-80, 80, 100_001, dtype=np.float32)
+    truth = x / (1 + np.exp(-x.astype(np.float64)))
+    np.testing.assert_allclose(np.array(swish(mx.array(x))), truth, rtol=5e-6, atol=1e-7)
+    ends = np.array(swish(mx.array([-1e9, -100.0, 0.0, 100.0, 1e9, np.inf, np.nan])))
+    np.testing.assert_allclose(ends, [0, 0, 0, 100, np.float32(1e9), np.inf, np.nan], rtol=0, atol=1e-28)
 
 
 @pytest.mark.parametrize("name", ["quick_gelu", "gelu_pytorch_tanh"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.layers.cache import Cache, FixedKV
-from qwenvl_mlx.layers.fused import attend_cached
+from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import apply, join, join_children, joinable, map_rows, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.norm import RMSNorm
@@ -28,11 +28,13 @@ class Pass:
 
     ``angles``: of the tokens' positions. ``mask``: for attention; "causal", bool ``[B, 1, L, S]``, or None.
     ``present``: bool ``[B, L]``, False where a row of a batch is padding; None when no row is padded.
+    ``last_only``: of a layer nothing is wanted but what it makes of the last token.
     """
 
     angles: Angles
     mask: mx.array | str | None
     present: mx.array | None = None
+    last_only: bool = False
 
     @classmethod
     def over(cls, hidden: mx.array, angles: Angles, cache: Cache | None) -> Pass:
@@ -43,6 +45,10 @@ class Pass:
         recurrent = [layer for layer in cache if not hasattr(layer, "offset")]
         present = recurrent[0].make_mask(length) if recurrent else None
         return cls(angles, mlx_lm.create_attention_mask(hidden, cache.attention), present)
+
+    def of_last(self) -> Pass:
+        """For a layer whose output for all tokens but the last is not used."""
+        return replace(self, mask=last_query(self.mask), last_only=True)
 
 
 class Attention(nn.Module):
@@ -108,7 +114,8 @@ class Attention(nn.Module):
 
     def attend(self, qkv: mx.array, shared: Pass, cache: Any | None) -> mx.array:
         """``qkv``: ``[…, (heads + 2 kv_heads) * size]``, in this order."""
-        batch, length = len(qkv), 1 if qkv.ndim == 2 else qkv.shape[1]
+        batch, *lengths = qkv.shape[:-1]
+        length = lengths[0] if lengths else 1
         raw = qkv.reshape(batch, length, -1, self.size)
         # values too, for nothing: a kernel that gets a part of each row copies it first
         normed = mx.fast.rms_norm(raw, None, self.q_norm.eps) if "q_norm" in self else raw
@@ -126,8 +133,10 @@ class Attention(nn.Module):
             q, k, v = mx.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
             if cache is not None:
                 k, v = cache.update_and_fetch(k, v)
+        if shared.last_only:
+            q, lengths = q[:, :, -1:], [1]
         out = attend_cached(q, k, v, cache, scale=self.scale, mask=shared.mask)
-        return (out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(*qkv.shape[:-1], -1)
+        return (out if q.shape[2] == 1 else out.transpose(0, 2, 1, 3)).reshape(batch, *lengths, -1)
 
 
 @partial(mx.compile, shapeless=True)
@@ -173,7 +182,7 @@ class GatedAttention(Attention):
 
     def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
         gate, qkv = self._gate_and_heads(x)
-        return _gate(self.attend(qkv, shared, cache), gate)
+        return _gate(self.attend(qkv, shared, cache), gate[:, -1:] if shared.last_only else gate)
 
     def _gate_and_heads(self, x: mx.array) -> tuple[mx.array, mx.array]:
         if "qkv_proj" in self:

@@ -64,7 +64,10 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
         mixer = self[self.mixer]
-        x = add_linear(x, mixer.output, mixer(self.input_layernorm(x), shared, cache))
+        mixed = mixer(self.input_layernorm(x), shared, cache)
+        if shared.last_only:
+            x, mixed = x[:, -1:], mixed[:, -1:]
+        x = add_linear(x, mixer.output, mixed)
         return add_mlp(x, self.mlp, self.post_attention_layernorm(x))
 
 
@@ -129,6 +132,8 @@ class Decoder(nn.Module):
             hidden = hidden.squeeze(1)
         states: Sequence[Any] = cache if cache is not None else [None] * len(self.model.layers)
         for index, (layer, state) in enumerate(zip(self.model.layers, states, strict=True)):
+            if last_only and not single and len(deepstack) <= index == len(states) - 1:
+                shared = shared.of_last()
             hidden = layer(hidden, shared, state)
             if index < len(deepstack):
                 hidden = hidden + deepstack[index]

@@ -13,33 +13,37 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwenvl_mlx.layers.exponential import exp, exp_pays
+from qwenvl_mlx.layers.exponential import LOG2_E, exp2_below
 from qwenvl_mlx.layers.mlx_lm import leaf
 
 mlx_lm = leaf("models.base")
 
-PIECE = 1 << 17  # scores of one piece: half a megabyte
-KEYS = 512  # of one piece
+PIECE = 1 << 18  # scores of one piece: a megabyte
+KEYS = 1024  # of one piece
 FEW = 48  # queries that are worth a piece of their own
-NEVER = -1e9  # a score that gives no weight
+NEVER = -1e6  # a score that gives no weight
 
 ROWS = 256  # of a feed-forward layer at once
 
 Mask = mx.array | str | None
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask = None) -> mx.array:
+def attend(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask = None, cached: bool = False
+) -> mx.array:
     """``q`` ``[B, heads, L, size]``, ``k``, ``v`` ``[B, kv heads, S, size]`` -> ``[B, heads, L, size]``.
 
     ``mask``: None, "causal" (the last query sees all keys), or bool that broadcasts to ``[B, heads, L, S]``.
+    ``cached``: each key and each value lies in one piece, as in a cache.
     """
     if mx.default_device() == mx.gpu or q.shape[2] == 1:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     batch, heads, length, size = q.shape
     groups, dtype = k.shape[1], q.dtype
     q, k, v = (x.astype(mx.float32) for x in (q, k, v))  # products of half types are slow here
-    k, v = mx.contiguous(k), mx.contiguous(v)  # else every piece would copy its part of them
-    q = (q * scale).reshape(batch, groups, heads // groups, length, size)
+    if not cached:  # else every piece would copy its part of them
+        k, v = mx.contiguous(k), mx.contiguous(v)
+    q = (q * (scale * LOG2_E)).reshape(batch, groups, heads // groups, length, size)
     out = _Pieces().attend(q, k, v, _per_group(mask, groups))
     return out.reshape(batch, heads, length, -1).astype(dtype)
 
@@ -50,7 +54,12 @@ def attend_cached(
     """``attend`` to what ``cache`` gave back, which may be quantised."""
     if hasattr(cache, "bits"):
         return mlx_lm.scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)  # type: ignore[no-any-return]
-    return attend(q, k, v, scale=scale, mask=mask)
+    return attend(q, k, v, scale=scale, mask=mask, cached=cache is not None)
+
+
+def last_query(mask: Mask) -> mx.array | None:
+    """The mask of the last query alone; of a causal one nothing is left."""
+    return mask[..., -1:, :] if isinstance(mask, mx.array) else None
 
 
 def by_rows(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
@@ -124,16 +133,16 @@ class _Pieces:
             top = mx.max(scores, axis=-2, keepdims=True)
             if before is not None:
                 top = mx.maximum(top, before[0])
-            weights = _exp(scores - top)
+            weights = exp2_below(scores, top)
             sums = mx.sum(weights, axis=-2, keepdims=True)
-            mixed = weights.swapaxes(-1, -2) @ v[:, :, at:end]
+            mixed = v[:, :, at:end].swapaxes(-1, -2) @ weights
             if before is not None:
                 best, total, out = before
-                fade = mx.exp(best - top)
-                sums, mixed = sums + total * fade, mixed + out * fade.swapaxes(-1, -2)
+                fade = exp2_below(best, top)
+                sums, mixed = sums + total * fade, mixed + out * fade
             before = top, sums, mixed
             columns = mx.depends([columns], [mixed])[0]
-        self._last = (mixed / sums.swapaxes(-1, -2)).reshape(batch, groups, each, length, -1)
+        self._last = (mixed / sums).swapaxes(-1, -2).reshape(batch, groups, each, length, -1)
         return self._last
 
 
@@ -149,7 +158,3 @@ def _seen(mask: Mask, at: int, end: int, keys: int, length: int) -> mx.array | N
     if mask is None or end <= keys - length + 1:
         return None
     return mx.arange(at, end)[:, None, None] <= mx.arange(keys - length, keys)
-
-
-def _exp(x: mx.array) -> mx.array:
-    return exp(x) if exp_pays(x) else mx.exp(x)

@@ -17,7 +17,7 @@ from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, FixedKV, kv
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
-from qwenvl_mlx.layers.fused import attend_cached
+from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
 from qwenvl_mlx.layers.mlp import gated
 from qwenvl_mlx.layers.mlx_lm import leaf
@@ -96,7 +96,13 @@ class Attention(nn.Module):
         self.c_proj = split_inputs(self.c_proj, group)
 
     def __call__(
-        self, residual: mx.array, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any
+        self,
+        residual: mx.array,
+        x: mx.array,
+        positions: Positions,
+        mask: mx.array | str | None,
+        layer: Any,
+        last_only: bool,
     ) -> mx.array:
         batch, length = len(x), 1 if x.ndim == 2 else x.shape[1]
         heads = apply(self.c_attn, x).reshape(batch, length, 3 * self.heads, -1)
@@ -116,8 +122,11 @@ class Attention(nn.Module):
             query = query * positions.query_factor
         else:
             scale *= positions.query_factor
+        if last_only:
+            residual, query, mask = residual[:, -1:], query[:, :, -1:], last_query(mask)
         out = attend_cached(query, key, value, layer, scale=scale, mask=mask)
-        out = (out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(*x.shape[:-1], -1)
+        out = out if query.shape[2] == 1 else out.transpose(0, 2, 1, 3)
+        out = out.reshape(*residual.shape[:-1], -1)
         return add_linear(residual, self.c_proj, out)
 
 
@@ -159,9 +168,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(
-        self, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any
+        self, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any, last_only: bool
     ) -> mx.array:
-        x = self.attn(x, self.ln_1(x), positions, mask, layer)
+        """``last_only``: of the last token alone."""
+        x = self.attn(x, self.ln_1(x), positions, mask, layer, last_only)
         return self.mlp(x, self.ln_2(x))
 
 
@@ -177,7 +187,7 @@ class Decoder(nn.Module):
         hidden: mx.array = self.wte(tokens).astype(self.ln_f.weight.dtype)
         return hidden
 
-    def __call__(self, x: mx.array, positions: Positions, layers: Sequence[Any]) -> mx.array:
+    def __call__(self, x: mx.array, positions: Positions, layers: Sequence[Any], last_only: bool) -> mx.array:
         mask = attention.create_attention_mask(x, layers[0])
         single = x.shape[1] == 1
         if single and isinstance(layers[0], FixedKV):
@@ -185,7 +195,7 @@ class Decoder(nn.Module):
             positions = positions.by_heads(2 * heads, 3 * heads)
         x = x.squeeze(1) if single else x  # products of matrices cost no reshapes
         for block, layer in zip(self.h, layers, strict=True):
-            x = block(x, positions, mask, layer)
+            x = block(x, positions, mask, layer, last_only and not single and block is self.h[-1])
         return x[:, None] if single else x
 
 
@@ -316,8 +326,7 @@ class Model(VisionLanguageModel):
     ) -> mx.array:
         most = layers[0].capacity if isinstance(layers[0], FixedKV) else None
         positions = self.config.rotary.at(offset, hidden.shape[1], alphas, hidden.dtype, most=most)
-        hidden = self.language_model.model(hidden, positions, layers)
-        hidden = hidden[:, -1:] if last_only else hidden
+        hidden = self.language_model.model(hidden, positions, layers, last_only)
         return self.language_model.lm_head(self.language_model.model.ln_f(hidden))
 
     def make_cache(self) -> Cache:
