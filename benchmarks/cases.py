@@ -12,17 +12,22 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Case:
-    """A picture ``(width, height)`` or none, text tokens around it, and how many tokens are decoded."""
+    """A picture ``(width, height)`` or none, text tokens around it, and how many tokens are decoded.
+
+    ``batch``: how many such prompts are answered at once; without a picture.
+    """
 
     name: str
     picture: tuple[int, int] | None
     text: int
     new_tokens: int
+    batch: int = 1
 
 
 CASES = (
     Case("text 64", None, 64, 32),
     Case("text 1024", None, 1024, 32),
+    Case("batch 8", None, 64, 16, batch=8),
     Case("picture 448x448", (448, 448), 64, 32),
     Case("picture 1344x1008", (1344, 1008), 64, 16),
 )

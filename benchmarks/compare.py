@@ -33,6 +33,7 @@ class Result:
     program: str
     case: str
     samples: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    batch: int = 1
     peak: int = 0
     vision_bytes: int = 0
     difference: float = 0.0
@@ -131,7 +132,7 @@ def compare(
     ):
         for case in cases:
             able = [worker for worker in workers if case.picture is None or worker.name not in BLIND]
-            rows = [Result(worker.name, case.name) for worker in able]
+            rows = [Result(worker.name, case.name, batch=case.batch) for worker in able]
             for turn in range(rounds + 1):
                 for worker, row in zip(able, rows, strict=True):
                     answer = worker.run(case, Path(scratch) / f"{worker.name}.npy")
@@ -170,7 +171,7 @@ def table(report: dict[str, Any]) -> str:
             f"{row.median(part):.3f}{_ratio(ours, row, part)}" if row.median(part) else "–"
             for part in PARTS[:-1]
         ]
-        speed = f"{1 / row.median('decode'):.1f}{_ratio(ours, row, 'decode')}"
+        speed = f"{row.batch / row.median('decode'):.1f}{_ratio(ours, row, 'decode')}"
         vision = f"{row.vision_bytes / 1e9:.2f}" if row.vision_bytes else "–"
         numbers = f"{vision} | {row.peak / 1e9:.2f} | {row.difference:.1e}"
         lines.append(f"| {row.case} | {row.program} | {' | '.join(cells)} | {speed} | {numbers} |")

@@ -39,7 +39,7 @@ class Program(Protocol):
 
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
         """Seconds of ``preprocess`` (where the program has its own), ``vision``, ``prefill`` (after vision), ``decode``
-        (a token); logits of the prompt's end.
+        (a token of every row); logits of the prompt's end.
 
         Where MLX counts them, ``vision bytes`` too: the most that the tower held beside weights and pixels.
         """
@@ -61,6 +61,7 @@ class Ours:
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
         from qwenvl_mlx import Media
         from qwenvl_mlx.engine.step import Decoding
+        from qwenvl_mlx.layers.cache import Cache
 
         model = self.model
         began = self.clock()
@@ -72,21 +73,19 @@ class Ours:
             features = model.encode(media)
             mx.eval([(item.embeddings, item.deepstack) for item in features])
         seen = self.clock()
-        cache = model.make_cache()
+        caches = [
+            model.make_cache() for _ in range(case.batch)
+        ]  # the engine reads prompts one after the other
         embedded = model.embed(given.ids.tolist(), features, media)
-        logits = read(model, embedded, cache)[0, -1].astype(mx.float32)
-        token = mx.argmax(logits)
-        mx.eval(token, logits)
+        logits = mx.concatenate([read(model, embedded, each) for each in caches])
+        token = _best(logits)
+        cache = caches[0] if case.batch == 1 else Cache.merge(caches)
+        mx.eval(token, logits, cache.arrays)
         first = self.clock()
-        decode = Decoding(self.step, cache) if self.step.suits(cache) else lambda t: model.decode(t, cache)
-        for _ in range(case.new_tokens):
-            following = mx.argmax(decode(token.reshape(1, 1))[0, -1])
-            mx.async_eval(following)
-            token.item()
-            token = following
-        mx.eval(token)
+        fast = case.batch == 1 and self.step.suits(cache)
+        _decode(Decoding(self.step, cache) if fast else lambda t: model.decode(t, cache), token, case)
         end = self.clock()
-        return _timings(start, seen, first, end, case, began) | held, np.array(logits)
+        return _timings(start, seen, first, end, case, began) | held, _last(logits)
 
 
 def read(model: VisionLanguageModel, embedded: Embedded, cache: Cache, most: int | None = None) -> mx.array:
@@ -117,7 +116,7 @@ class Torch:
 
     def run(self, case: Case, given: Inputs) -> tuple[Timings, NDArray[np.float32]]:
         with self.torch.no_grad():
-            ids = self.torch.from_numpy(given.ids)[None].to(self.device)
+            ids = self.torch.from_numpy(given.ids).expand(case.batch, -1).to(self.device)
             began = self.clock()
             if given.photo is not None:
                 preprocess.reference(given.photo, self.config)
@@ -159,7 +158,7 @@ class Torch:
             out = self.model(input_ids=token, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             token = out.logits[:, -1:].argmax(-1)
-            token.item()
+            token.tolist()
 
     def _wait(self) -> None:
         if self.device == "mps":
@@ -206,7 +205,7 @@ class MlxVlm:
         from mlx_vlm.models.cache import make_prompt_cache
 
         model = self.model
-        ids = mx.array(given.ids)[None]
+        ids = mx.array([given.ids.tolist()] * case.batch)
         extra: dict[str, Any] = {}
         rows = features = None
         start = self.clock()
@@ -223,18 +222,14 @@ class MlxVlm:
         model.vision_tower = tower
         fields = {k: v for k, v in embedded.to_dict().items() if v is not None and k != "inputs_embeds"}
         out = model.language_model(ids, inputs_embeds=embedded.inputs_embeds, cache=cache, **fields, **extra)
-        logits = out.logits[0, -1].astype(mx.float32)
-        token = mx.argmax(logits)
+        logits = out.logits[:, -1:]
+        del out
+        token = _best(logits)
         mx.eval(token, logits)
         first = self.clock()
-        for _ in range(case.new_tokens):
-            following = mx.argmax(model.language_model(token.reshape(1, 1), cache=cache).logits[0, -1])
-            mx.async_eval(following)
-            token.item()
-            token = following
-        mx.eval(token)
+        _decode(lambda t: model.language_model(t, cache=cache).logits, token, case)
         end = self.clock()
-        return _timings(start, seen, first, end, case) | held, np.array(logits)
+        return _timings(start, seen, first, end, case) | held, _last(logits)
 
 
 class _Known:
@@ -265,17 +260,32 @@ class MlxLm:
         model = self.model
         start = self.clock()
         cache = make_prompt_cache(model)
-        logits = model(mx.array(given.ids)[None], cache=cache)[0, -1].astype(mx.float32)
-        token = mx.argmax(logits)
+        logits = model(mx.array([given.ids.tolist()] * case.batch), cache=cache)[:, -1:]
+        token = _best(logits)
         mx.eval(token, logits)
         first = self.clock()
-        for _ in range(case.new_tokens):
-            following = mx.argmax(model(token.reshape(1, 1), cache=cache)[0, -1])
-            mx.async_eval(following)
-            token.item()
-            token = following
+        _decode(lambda t: model(t, cache=cache), token, case)
+        return _timings(start, start, first, self.clock(), case), _last(logits)
+
+
+def _best(logits: mx.array) -> mx.array:
+    """The next token of each row, ``[B, 1]``."""
+    return mx.argmax(logits[:, -1:], axis=-1)
+
+
+def _last(logits: mx.array) -> NDArray[np.float32]:
+    """Of the first row's end."""
+    return np.array(logits[0, -1].astype(mx.float32))
+
+
+def _decode(step: Callable[[mx.array], mx.array], token: mx.array, case: Case) -> None:
+    """Greedily; while a token is waited for, the next one is computed."""
+    for _ in range(case.new_tokens):
+        following = _best(step(token))
+        mx.async_eval(following)
         mx.eval(token)
-        return _timings(start, start, first, self.clock(), case), np.array(logits)
+        token = following
+    mx.eval(token)
 
 
 def _torch(folder: str, dtype: str, clock: Clock) -> Program:

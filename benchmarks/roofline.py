@@ -34,7 +34,8 @@ def measure(
         runs = [program.run(case, given)[0] for _ in range(rounds + 1)][1:]
         took = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
         vision, prefill = _operations(program.model, given)
-        moved = read + a_token * (len(given.ids) + case.new_tokens / 2)
+        prefill *= case.batch
+        moved = read + a_token * (len(given.ids) + case.new_tokens / 2) * case.batch
         share = {
             "vision of peak": vision / took["vision"] / rate if vision else None,
             "prefill of peak": prefill / took["prefill"] / rate,

@@ -191,17 +191,21 @@ def test_a_bar_stands_at_its_case_for_each_program(tmp_path: Path) -> None:
 
 
 def test_operations_of_a_graph_are_counted() -> None:
-    """Two for each weight and token; attention to all keys, once with the keys and once with the values."""
+    """Two for each weight and token; attention to all keys, once with the keys and once with the values.
+
+    Of the last layer the last token needs queries, output and feed-forward layer, all tokens keys and values.
+    """
     config = narrow(SIZES["Qwen2.5-VL-7B"])
     config["num_hidden_layers"] = 2
     with metal_view():
         model, _ = built(config, bits=None)
         found = prefill(model, model.make_cache(), [1] * 24).flops
         head, layer = model.language_model.lm_head, model.language_model.model.layers[0]
-        matrices = [array for _, array in tree_flatten(layer.parameters()) if array.ndim == 2]
+        matrices = {name: array.size for name, array in tree_flatten(layer.parameters()) if array.ndim == 2}
     heads = config["num_attention_heads"] * config["head_dim"]
-    each = 2 * 24 * sum(matrix.size for matrix in matrices) + 4 * 24 * 24 * heads
-    assert found == 2 * each + 2 * head.weight.size
+    first, projections = sum(matrices.values()), matrices["self_attn.qkv_proj.weight"]
+    last = 24 * projections + (first - projections)
+    assert found == 2 * (24 * first + last + head.weight.size) + 4 * (24 + 1) * 24 * heads
 
 
 def test_words_are_no_placeholders_wherever_those_stand() -> None:

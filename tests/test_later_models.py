@@ -77,9 +77,20 @@ def test_chunks_of_a_prompt_are_the_prompt(model: MRopeModel, generation: str) -
     assert cache.next_position.item() == len(whole) + whole.rope_delta
 
 
-def test_last_only_is_the_last_of_all(model: MRopeModel) -> None:
-    embedded = ready(model, Prompt([1, 2, 3, 4]))
-    assert close(model(embedded, last_only=True), model(embedded)[:, -1:])
+def test_last_only_is_the_last_of_all(model: MRopeModel, generation: str) -> None:
+    """After what is cached and in padded rows too: where one query is left, masks lose their rows."""
+    short, long = ready(model, Prompt([1, 2, 3, 4])), ready(model, mixed(model, generation))
+    assert close(model(short, last_only=True), model(short)[:, -1:])
+    answers = []
+    for last_only in (False, True):
+        cache = model.make_cache()
+        model(long.slice(0, 7), cache, last_only=last_only)
+        rest = model(long.slice(7, len(long)), cache, last_only=last_only)
+        answers.append((rest[:, -1:], *cache.arrays))
+    assert all(map(close, *answers))
+    rows = [model(*left_pad([short, long], model.make_cache()), last_only=only) for only in (False, True)]
+    assert rows[1].shape[1] == 1
+    assert close(rows[0][:, -1:], rows[1])
 
 
 def test_joined_sequences_decode_as_alone(model: MRopeModel, generation: str) -> None:

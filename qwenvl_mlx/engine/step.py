@@ -107,9 +107,13 @@ def _part(layer: Any) -> dict[str, Any]:
 def _taken(layer: Any, length: int) -> dict[str, Any]:
     if not isinstance(layer, kv.KVCache):
         return {"arrays": layer.cache}
-    rows = mx.concatenate([layer.keys[..., :length, :], layer.values[..., :length, :]], axis=1)
+    room = capacity(length + 1)
+    rows = mx.concatenate(
+        [layer.keys[..., :room, :], layer.values[..., :room, :]], axis=1
+    )  # with what is empty yet
     layer.keys = layer.values = None
-    return {"rows": mx.pad(rows, [(0, 0), (0, 0), (0, capacity(length + 1) - length), (0, 0)])}
+    less = room - rows.shape[2]
+    return {"rows": mx.pad(rows, [(0, 0), (0, 0), (0, less), (0, 0)]) if less else rows}
 
 
 def _given_back(part: dict[str, Any], length: int) -> Any:
