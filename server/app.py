@@ -25,6 +25,10 @@ from qwenvl_mlx.server.shelf import Shelf
 from qwenvl_mlx.server.state import State
 
 SECONDS_BETWEEN_TIDYING = 20
+# the second form of an answer, beside JSON: what a request with "stream" gets
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
 
 
 class StrictRequest(Request):
@@ -106,12 +110,12 @@ def _api(state: State) -> APIRouter:
         state.shelf.find(name)
         return _model(name, state)
 
-    @router.post("/chat/completions", response_model=None)
+    @router.post("/chat/completions", response_model=None, responses=STREAMED)
     async def chat_completions(request: Request, body: schema.ChatRequest) -> Response:
         """Answer a conversation with pictures and videos."""
         return await unless_gone(request, chat.answer(body, state))
 
-    @router.post("/completions", response_model=None)
+    @router.post("/completions", response_model=None, responses=STREAMED)
     async def plain_completions(request: Request, body: schema.CompletionRequest) -> Response:
         """Go on with a text."""
         return await unless_gone(request, completions.answer(body, state))

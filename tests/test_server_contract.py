@@ -7,9 +7,11 @@ Against any running server, and for longer:
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,10 @@ def test_no_request_makes_the_server_fail(trusting_url: str, tmp_path: Path) -> 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert post(f"{trusting_url}/v1/completions", {"model": "m", "prompt": "say:well"})[0] == 200
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_both_forms_of_an_answer_are_documented(trusting_url: str, route: str) -> None:
+    with urllib.request.urlopen(f"{trusting_url}/openapi.json") as reply:
+        documented = json.load(reply)["paths"][route]["post"]["responses"]["200"]["content"]
+    assert documented.keys() == {"application/json", "text/event-stream"}
