@@ -107,10 +107,8 @@ def _part(layer: Any) -> dict[str, Any]:
 def _taken(layer: Any, length: int) -> dict[str, Any]:
     if not isinstance(layer, kv.KVCache):
         return {"arrays": layer.cache}
-    room = capacity(length + 1)
-    rows = mx.concatenate(
-        [layer.keys[..., :room, :], layer.values[..., :room, :]], axis=1
-    )  # with what is empty yet
+    room = capacity(length + 1)  # the cache's own spare room is taken too
+    rows = mx.concatenate([layer.keys[..., :room, :], layer.values[..., :room, :]], axis=1)
     layer.keys = layer.values = None
     less = room - rows.shape[2]
     return {"rows": mx.pad(rows, [(0, 0), (0, 0), (0, less), (0, 0)]) if less else rows}

@@ -1,4 +1,4 @@
-"""Powers for processors on which MLX computes them number by number (x86): a tenth of the time, and more exact.
+"""Powers for processors on which MLX computes them number by number (x86): a tenth of the time, and as exact.
 
 ``2^(y + 1/2) = 2^n 2^(g + 1/2)``, where ``n`` is the whole number next to ``y`` and ``|g| <= 1/2``. The second factor
 lies between 1 and 2: less 1 it is the fraction of a float32, and ``n`` its exponent. Nothing branches, so that the
