@@ -73,6 +73,7 @@ class FakeModel(VisionLanguageModel):
     def __init__(self, *, hybrid: bool = False, context: int = 512, width: int = 64, seed: int = 0) -> None:
         super().__init__({})
         mx.random.seed(seed)
+        self.vocab_size = VOCAB
         self._hybrid, self._context = hybrid, context
         self.encoded: list[str] = []
         self.pauses = 0
@@ -111,7 +112,7 @@ class FakeModel(VisionLanguageModel):
     ) -> Embedded:
         ids = np.array(input_ids)
         places = np.concatenate([*self.media_places(input_ids, media), np.zeros(0, int)])
-        hidden = self.embedding(mx.array(ids))
+        hidden = self.embedding(self.token_array(input_ids))
         if len(places):
             rows = [
                 item.embeddings if item is not None else mx.zeros((len(one.patches), hidden.shape[-1]))
@@ -132,10 +133,10 @@ class FakeModel(VisionLanguageModel):
             cache.rope_delta = mx.array([embedded.rope_delta], mx.int32)
         return self._layers(embedded.embeddings, embedded.positions[0], cache, last_only=last_only)
 
-    def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
+    def decode(self, tokens: mx.array, cache: Cache, *, last_only: bool = False) -> mx.array:
         B, L = tokens.shape
         first = mx.broadcast_to(mx.array(cache.next_position).reshape(-1, 1), (B, 1))
-        return self._layers(self.embedding(tokens), first + mx.arange(L), cache)
+        return self._layers(self.embedding(tokens), first + mx.arange(L), cache, last_only=last_only)
 
     def _layers(
         self, x: mx.array, positions: mx.array, cache: Cache | None, *, last_only: bool = False

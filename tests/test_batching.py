@@ -6,6 +6,7 @@ import io
 import random
 import threading
 import time
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ from fakes import FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply, Request, TextEvent
 from qwenvl_mlx.engine.batch import Batch
-from qwenvl_mlx.errors import MediaError
+from qwenvl_mlx.errors import MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Embedded, Prompt
 
@@ -93,6 +94,99 @@ def test_they_are_decoded_together(model: FakeModel, monkeypatch: pytest.MonkeyP
             request.result()
     assert max(rows) == 4
     assert len(rows) < 100  # one by one it would be 160
+
+
+@pytest.fixture
+def joint(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows and tokens of every reading of several prompts."""
+    shapes: list[tuple[int, ...]] = []
+    plain = FakeModel.decode
+
+    def watching(self: FakeModel, tokens: mx.array, cache: Cache, *, last_only: bool = False) -> mx.array:
+        shapes.extend([tokens.shape] * last_only)
+        return plain(self, tokens, cache, last_only=last_only)
+
+    monkeypatch.setattr(FakeModel, "decode", watching)
+    return shapes
+
+
+def at_once(engine: Engine, work: Sequence[tuple[Prompt, GenerationOptions]]) -> list[Request]:
+    """Submit while the engine's thread is held, so that all wait together."""
+    held = threading.Event()
+    engine.submit("hold", GenerationOptions(max_tokens=1), listener=lambda _: held.wait())
+    requests = [engine.submit(prompt, options) for prompt, options in work]
+    held.set()
+    return requests
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**8])
+def test_short_prompts_that_wait_are_read_as_one(
+    model: FakeModel, cache_bytes: int, joint: list[tuple[int, ...]]
+) -> None:
+    """Of different lengths, sampled and greedy; the one with a picture is read alone."""
+    texts = [f"{number} " * (3 + number) for number in range(6)]
+    options = GenerationOptions(max_tokens=9, temperature=0.9, seed=3, ignore_eos=True)
+    work = [(FakeProcessor()(ask(text)), options) for text in texts]
+    work += [(FakeProcessor()(ask("", picture())), options), *work[:1]]
+    wanted = alone(model, work)
+    with engine_for(model, prefill_chunk=512, cache_bytes=cache_bytes) as engine:
+        replies = [request.result() for request in at_once(engine, work)]
+    assert [reply.tokens for reply in replies] == [reply.tokens for reply in wanted]
+    known = len("u:") if cache_bytes else 0  # from the prompt that held the thread
+    # a recurrent state takes no padding
+    assert joint == ([] if model._hybrid else [(6, len(work[5][0]) - known)])
+
+
+def test_what_others_know_is_not_read_again(joint: list[tuple[int, ...]]) -> None:
+    """Prompts of one beginning: the first is read alone, then the rest of the others as one."""
+    model, beginning = FakeModel(), "the same instructions for all of you: "
+    options = GenerationOptions(max_tokens=1)  # while others answer, slices are small
+    ends = ["1?", "what is b?", "and what is, if I may ask, the meaning of c?", "d"]
+    work = [(FakeProcessor()(ask(beginning + end)), options) for end in ends]
+    wanted = alone(model, work)
+    with engine_for(model, prefill_chunk=512, cache_bytes=10**8) as engine:
+        replies = [request.result() for request in at_once(engine, work)]
+    assert [reply.tokens for reply in replies] == [reply.tokens for reply in wanted]
+    longest = len(work[2][0]) - len(beginning) - len("u:")
+    assert joint == [(3, longest)]
+    used = [reply.usage.cached_tokens for reply in replies]
+    assert used == [len("u:"), *(max(len(prompt) - longest, 0) for prompt, _ in work[1:])]
+
+
+def test_prompts_read_as_one_fail_and_are_cancelled_alone(joint: list[tuple[int, ...]]) -> None:
+    model, options = FakeModel(), GenerationOptions(max_tokens=5, ignore_eos=True)
+    work = [(Prompt([number, *range(40, 60)]), options) for number in (1, 2, 3, 4, 999, 5, 6)]
+    wanted = alone(model, [*work[:4], *work[5:]])
+    with engine_for(model, prefill_chunk=512) as engine:
+        held = threading.Event()
+        engine.submit("hold", GenerationOptions(max_tokens=1), listener=lambda _: held.wait())
+        requests = [engine.submit(prompt, options) for prompt, options in work]
+        requests[1].cancel()
+        held.set()
+        with pytest.raises(PromptError, match="999 is no token"):
+            requests[4].result()
+        assert requests[1].result().finish_reason == "cancelled"
+        good = [requests[i].result().tokens for i in (0, 2, 3, 5, 6)]
+    assert good == [wanted[i].tokens for i in (0, 2, 3, 4, 5)]
+    assert joint == [(3, 21), (2, 21)]
+
+
+def test_a_fault_of_reading_as_one_is_told_to_all_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = FakeModel(), FakeModel.decode
+
+    def full(self: FakeModel, tokens: mx.array, cache: Cache, *, last_only: bool = False) -> mx.array:
+        if last_only:
+            raise MemoryError("full")
+        return plain(self, tokens, cache)
+
+    monkeypatch.setattr(FakeModel, "decode", full)
+    options = GenerationOptions(max_tokens=5, ignore_eos=True)
+    with engine_for(model, prefill_chunk=512) as engine:
+        for request in at_once(engine, [(Prompt([number, 9]), options) for number in (1, 2)]):
+            with pytest.raises(MemoryError):
+                request.result()
+        assert len(engine.generate("still there?", options).tokens) == 5
+        assert not engine.waiting
 
 
 def test_no_graph_grows_with_the_answers(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

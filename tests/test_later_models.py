@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from benchmarks.parity_table import DECODER, GENERATIONS, IDS, IMAGE, VIDEO, VISION, prompt, ready, rows
 from qwenvl_mlx.api import load_model
+from qwenvl_mlx.engine.together import read_together
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.batch import left_pad
 from qwenvl_mlx.layers.cache import Cache
@@ -115,6 +116,22 @@ def test_padding_changes_nothing(model: MRopeModel, generation: str) -> None:
     for row, one in enumerate(prompts):
         state = model.make_cache()
         assert close(logits[row : row + 1, -len(one) :], model(ready(model, one), state))
+        assert close(after[row : row + 1], model.decode(mx.array([[4 + row]]), state))
+
+
+def test_texts_are_read_together_as_alone(model: MRopeModel, generation: str) -> None:
+    """Some after what was read before, of different lengths: what is padded follows nothing."""
+    if not model.make_cache().trimmable:
+        pytest.skip("a recurrent state: such prompts are read alone")
+    before, ids = [[], [7, 8, 9], []], [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3, 4]]
+    caches = [model.make_cache() for _ in ids]
+    for known, cache in zip(before, caches, strict=True):
+        model(ready(model, Prompt(known)), cache) if known else None
+    logits, together = read_together(model, ids, caches)
+    after = model.decode(mx.array([[4], [5], [6]]), together)
+    for row, (known, new) in enumerate(zip(before, ids, strict=True)):
+        state = model.make_cache()
+        assert close(logits[row, -1], model(ready(model, Prompt(known + new)), state)[0, -1])
         assert close(after[row : row + 1], model.decode(mx.array([[4 + row]]), state))
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from qwen_vl_cases import CHECKPOINTS, Recorder, difference, goldens, load, media, prompt, record, record_all
 
 from qwenvl_mlx.checkpoint import load_model
+from qwenvl_mlx.engine.together import read_together
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.batch import left_pad
 from qwenvl_mlx.layers.cache import Cache
@@ -253,6 +254,15 @@ def test_a_batch_can_be_prefilled_as_one() -> None:
     assert (
         difference(fed(net, tokens, state), np.concatenate([row["decode_logits"] for row in rows])) < LOGITS
     )
+
+
+def test_texts_are_read_together_as_alone() -> None:
+    net, before, ids = model("tiny_hd128"), [7, 8, 9], [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3, 4]]
+    caches = [net.make_cache() for _ in ids]
+    net(net.embed(before, [], []), caches[1])
+    logits, _ = read_together(net, ids, caches)
+    alone = [net.logits(Prompt((before if row == 1 else []) + new))[:, -1:] for row, new in enumerate(ids)]
+    assert difference(logits, np.array(mx.concatenate(alone))) < LOGITS
 
 
 def test_a_quantised_cache_is_taken() -> None:

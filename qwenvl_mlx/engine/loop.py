@@ -27,6 +27,7 @@ from qwenvl_mlx.engine.request import Request
 from qwenvl_mlx.engine.sampling import Sampler
 from qwenvl_mlx.engine.sequence import Sequence
 from qwenvl_mlx.engine.step import CompiledStep
+from qwenvl_mlx.engine.together import Together
 from qwenvl_mlx.errors import GenerationError, QwenVLError
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.models.base import VisionLanguageModel
@@ -134,8 +135,8 @@ class Loop:
 
     def _read(self) -> None:
         """One slice of the prompt that is being read, or the beginning of the next one."""
-        if self._prefill is None and self._waiting and self._admits(self._waiting[0]):
-            self._begin(self._waiting.popleft())
+        if self._prefill is None and not self._read_together() and self._waiting:
+            self._begin(self._waiting[0])
         if self._prefill is None:
             return
         sequence = self._prefill.sequence
@@ -146,29 +147,73 @@ class Loop:
         try:
             if next(self._slices, self) is None:
                 return
-            self._join(self._prefill)
         except REQUEST_FAULTS as error:
             self._fail(sequence.request, error)
+        else:
+            self._join(self._prefill)
         self._prefill = None
 
-    def _admits(self, request: Request) -> bool:
-        """Whether there is a place and memory for one more. What is only remembered makes room."""
-        if self._answering >= self._options.max_batch:
+    def _read_together(self) -> bool:
+        """Read the first of those who wait as one, if they are short; they wait until that is done."""
+        group = self._group()
+        if len(group) < 2:
             return False
-        needs = self._planned() + request.needs
-        self.prefixes.shrink(max(self._plan.free - needs, 0))
-        return not self._lanes or needs <= self._plan.free
+        done = group.prefills
+        try:
+            group.read()
+        except REQUEST_FAULTS as error:
+            done = []
+            for one in group.prefills:
+                self._fail(one.sequence.request, error)
+        for _ in group.prefills:
+            self._waiting.popleft()
+        for one in done:
+            self._join(one)
+        return True
 
-    def _planned(self) -> int:
-        """Bytes that running answers will take, with the padding of their batches."""
+    def _group(self) -> Together:
+        group = Together(self._model, self._paces, remembers=self.prefixes.budget > 0)
+        for request in self._waiting if len(self._waiting) > 1 else ():
+            if not self._admits(request, group):
+                break
+            prefill = self._prefill_of(request)
+            try:
+                prefill.look_up()
+                if not group.takes(prefill):
+                    break
+            except REQUEST_FAULTS:  # it will be read alone, and fail alone
+                break
+            if not self._plan.allows_padding(group.padding(prefill), self._planned(group) + request.needs):
+                break
+            group.prefills.append(prefill)
+        return group
+
+    def _admits(self, request: Request, group: Together | None = None) -> bool:
+        """Whether there is a place and memory for one more. What is only remembered makes room."""
+        together = len(group) if group else 0
+        if self._answering + together >= self._options.max_batch:
+            return False
+        needs = self._planned(group) + request.needs
+        self.prefixes.shrink(max(self._plan.free - needs, 0))
+        return not (self._lanes or together) or needs <= self._plan.free
+
+    def _planned(self, group: Together | None = None) -> int:
+        """Bytes that running answers, and those of a group, will take; with the padding of their batches."""
         rows = sum(row.sequence.request.needs for lane in self._lanes for row in lane.rows)
+        rows += sum(one.sequence.request.needs for one in group.prefills) if group else 0
         return rows + sum(self._plan.padding(lane.padding()) for lane in self._lanes)
 
     def _begin(self, request: Request) -> None:
+        if self._admits(request):
+            self._waiting.popleft()
+            self._prefill = self._prefill_of(request)
+            self._slices = self._prefill.run()
+
+    def _prefill_of(self, request: Request) -> Prefill:
         room = self._context - len(request.prompt)
         wanted = request.options.max_tokens or self._processor.defaults.max_tokens or room
         sequence = Sequence(request, self._processor, min(wanted, room))
-        self._prefill = Prefill(
+        return Prefill(
             self._model,
             self._new_cache,
             self.prefixes,
@@ -176,17 +221,19 @@ class Loop:
             paces=self._paces,
             turn=self._turn,
         )
-        self._slices = self._prefill.run()
 
     def _join(self, prefill: Prefill) -> None:
         request = prefill.sequence.request
         defaults, prompt = self._processor.defaults, request.prompt.input_ids
-        sampler = Sampler(request.options, defaults, prompt, prefill.logits.size)
-        self._remember(prefill.ids, prefill.rope_key, prefill.cache)
-        guessable = sampler.plain and request.options.logprobs is None and prefill.cache.trimmable
-        lookup = Lookup(prompt) if guessable and self._options.prompt_lookup else None
-        row = Row(prefill.sequence, sampler, prefill.ids, prefill.rope_key, lookup)
-        self._lane_for(row, prefill.cache).add(row, prefill.cache, prefill.logits)
+        try:
+            sampler = Sampler(request.options, defaults, prompt, prefill.logits.size)
+            self._remember(prefill.ids, prefill.rope_key, prefill.cache)
+            guessable = sampler.plain and request.options.logprobs is None and prefill.cache.trimmable
+            lookup = Lookup(prompt) if guessable and self._options.prompt_lookup else None
+            row = Row(prefill.sequence, sampler, prefill.ids, prefill.rope_key, lookup)
+            self._lane_for(row, prefill.cache).add(row, prefill.cache, prefill.logits)
+        except REQUEST_FAULTS as error:
+            self._fail(request, error)
         mx.clear_cache()
 
     def _lane_for(self, row: Row, cache: Cache) -> Batch:

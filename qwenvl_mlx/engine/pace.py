@@ -36,9 +36,13 @@ class Paces:
         self.tokens = Pace(LEAST_TOKENS, chunk)
         self.patches = Pace(LEAST_PATCHES, MOST_PATCHES)
 
+    def most_tokens(self) -> int:
+        """What one slice may take now."""
+        return self.tokens.slice(hurried=self._hurried())
+
     def next_tokens(self, left: int) -> int:
         """Tokens of the next slice of a prompt that has ``left`` to be read."""
-        size = self.tokens.slice(hurried=self._hurried())
+        size = self.most_tokens()
         return left if left <= min(REMAINDER * size, self._chunk) else size
 
     def next_blocks(self, patches: int) -> int:

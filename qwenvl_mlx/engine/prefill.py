@@ -44,13 +44,22 @@ class Prefill:
         self._paces = paces
         self._turn = turn
 
-    def run(self) -> Iterator[None]:
-        """Yields after each slice: some blocks of the vision tower, or some tokens."""
-        prompt = self.sequence.request.prompt
-        self.ids = content_ids(self._model, prompt)
-        places = self._model.media_places(prompt.input_ids, prompt.media)
+    @property
+    def left(self) -> int:
+        """Tokens that are to be read."""
+        return len(self.ids) - self.sequence.cached_tokens
+
+    def look_up(self) -> None:
+        """Begin with what is known of the prompt."""
+        self.ids = content_ids(self._model, self.sequence.request.prompt)
         self.cache, known = self._memory.take(self.ids, self.rope_key) or (self._new_cache(), 0)
         self.sequence.cached_tokens = known
+
+    def run(self) -> Iterator[None]:
+        """Yields after each slice: some blocks of the vision tower, or some tokens."""
+        self.look_up()
+        prompt, known = self.sequence.request.prompt, self.sequence.cached_tokens
+        places = self._model.media_places(prompt.input_ids, prompt.media)
         features: list[Features | None] = []
         for media, place in zip(prompt.media, places, strict=True):
             needed = place.size and place[-1] >= known

@@ -52,7 +52,7 @@ class Entry:
         """How many of the first tokens of ``ids`` it saves; at least one is left to compute logits from."""
         if rope_key != self.rope_key:
             return 0
-        common = min(_common(self.ids, ids), len(ids) - 1)
+        common = min(shared_length(self.ids, ids), len(ids) - 1)
         return common if self.cache.trimmable or common == len(self.ids) else 0
 
 
@@ -90,7 +90,7 @@ class PrefixCache:
             return
         mx.eval(entry.cache.arrays)  # lazily, they would hold the buffers that they are taken from
         for name, old in list(self._entries.items()):
-            covered = old.rope_key == rope_key and _common(old.ids, ids) == len(old.ids)
+            covered = old.rope_key == rope_key and shared_length(old.ids, ids) == len(old.ids)
             if covered and (cache.trimmable or len(old.ids) == len(ids)):
                 self._forget(name)
         self._entries[next(self._names)] = entry
@@ -153,7 +153,7 @@ def _rows(arrays: mx.array | Sequence[mx.array], length: int, largest: float) ->
     return mx.take(arrays, mx.arange(length), axis=-2)  # a slice or mx.contiguous may share the buffer
 
 
-def _common(a: Ids, b: Ids) -> int:
+def shared_length(a: Ids, b: Ids) -> int:
     """Length of the longest common beginning. Most sequences part early: looks further and further."""
     length, begin, step = min(len(a), len(b)), 0, 256
     while begin < length:

@@ -42,6 +42,18 @@ def empty_batch(pattern: Cache, padding: Sequence[int]) -> Cache:
     return Cache(layers, mx.zeros((len(padding),), mx.int32), (1.0,) * len(padding))
 
 
+def text_batch(caches: Sequence[Cache], padding: Sequence[int]) -> Cache:
+    """Single caches as one batch, to be followed by texts with so much padding on the left: only before empty ones.
+
+    Nothing but text may follow, and all rows must have an NTK factor of 1.
+    """
+    layers = Cache.merge(caches)
+    width = mx.array(list(padding), mx.int32)
+    for layer in layers:
+        layer.offset, layer.left_padding = layer.offset - width, layer.left_padding + width
+    return Cache(layers, mx.zeros((len(padding),), mx.int32), (1.0,) * len(padding))
+
+
 def _pad(x: mx.array, width: int, *, axis: int) -> mx.array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (width, 0)

@@ -100,8 +100,8 @@ class VisionLanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
-        """Text tokens ``[B, L]`` after what is cached -> logits ``[B, L, vocab]``."""
+    def decode(self, tokens: mx.array, cache: Cache, *, last_only: bool = False) -> mx.array:
+        """Text tokens ``[B, L]`` after what is cached -> logits ``[B, L, vocab]``; ``last_only`` as above."""
 
     @abstractmethod
     def make_cache(self) -> Cache:

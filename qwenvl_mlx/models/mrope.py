@@ -125,10 +125,10 @@ class MRopeModel(VisionLanguageModel):
             last_only=last_only,
         )
 
-    def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
+    def decode(self, tokens: mx.array, cache: Cache, *, last_only: bool = False) -> mx.array:
         hidden = self.language_model.model.embed(tokens)
         positions = cache.next_position.reshape(-1, 1) + mx.arange(tokens.shape[1])  # [B, L]
-        return self.language_model(hidden, self.rope.text(positions), cache)
+        return self.language_model(hidden, self.rope.text(positions), cache, last_only=last_only)
 
     def make_cache(self) -> Cache:
         return Cache(kv.KVCache() for _ in range(self.text.num_hidden_layers))

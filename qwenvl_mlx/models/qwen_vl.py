@@ -312,9 +312,9 @@ class Model(VisionLanguageModel):
             return (self.rope_key(length),) * len(embedded.embeddings)
         return tuple(self.rope_key(length - width) for width in padding.tolist())
 
-    def decode(self, tokens: mx.array, cache: Cache) -> mx.array:
+    def decode(self, tokens: mx.array, cache: Cache, *, last_only: bool = False) -> mx.array:
         hidden = self.language_model.model.embed(tokens)
-        return self._logits(hidden, cache.offset, cache.ntk_alpha, cache, last_only=False)
+        return self._logits(hidden, cache.offset, cache.ntk_alpha, cache, last_only)
 
     def _logits(
         self,
