@@ -103,9 +103,9 @@ def test_padding_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     allow(monkeypatch, model, 700 * ROW)
     plain = FakeModel.decode
 
-    def watching(self: FakeModel, tokens: Any, cache: Any) -> Any:
+    def watching(self: FakeModel, tokens: Any, cache: Any, **options: Any) -> Any:
         together.append(tokens.shape[0])
-        return plain(self, tokens, cache)
+        return plain(self, tokens, cache, **options)
 
     monkeypatch.setattr(FakeModel, "decode", watching)
     options = GenerationOptions(max_tokens=30, ignore_eos=True)

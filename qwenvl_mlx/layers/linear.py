@@ -9,6 +9,8 @@ import mlx.nn as nn
 
 # Arrays of a linear layer whose first axis is the output: a change to that axis touches all of them alike.
 ROWS = ("weight", "scales", "biases", "bias")
+# Rows of a product that a CPU computes sooner with the weights in front: by a quarter at 64, by nothing from 200 on.
+WEIGHTS_FIRST = range(16, 129)
 
 
 def join(first: nn.Module, *others: nn.Module) -> nn.Module:
@@ -55,7 +57,7 @@ def apply(layer: nn.Module, x: mx.array) -> mx.array:
     products have the type of the scales where that is wider: exact scales of AWQ are float32 in a float16 model.
     """
     flat = x if x.ndim < 3 or len(x) == 1 else x.flatten(0, 1)
-    out: mx.array = layer(flat)
+    out = _columns(layer, flat) if _few_rows(layer, flat) else layer(flat)
     if "scales" in layer and out.dtype != x.dtype:
         out = out.astype(x.dtype)
     return out if flat is x else mx.unflatten(out, 0, x.shape[:2])
@@ -63,12 +65,25 @@ def apply(layer: nn.Module, x: mx.array) -> mx.array:
 
 def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
     """``residual + layer(x)``, in one kernel where the layer is plain and has no bias. Rows as in ``apply``."""
-    if not isinstance(layer, nn.Linear) or "bias" in layer:
+    if not isinstance(layer, nn.Linear) or "bias" in layer or _few_rows(layer, x):
         return residual + apply(layer, x)
     if x.ndim < 3 or len(x) == 1:
         return mx.addmm(residual, x, layer.weight.T)
     added = mx.addmm(residual.flatten(0, 1), x.flatten(0, 1), layer.weight.T)
     return mx.unflatten(added, 0, x.shape[:2])
+
+
+def _few_rows(layer: nn.Module, x: mx.array) -> bool:
+    rows = x.size // x.shape[-1]
+    plain = type(layer) is nn.Linear and layer.weight.dtype == x.dtype == mx.float32
+    return plain and rows in WEIGHTS_FIRST and mx.default_device() == mx.cpu
+
+
+def _columns(layer: nn.Module, x: mx.array) -> mx.array:
+    """``layer(x)`` that lies in memory output by output."""
+    rows = x.swapaxes(-1, -2)
+    out = mx.addmm(layer.bias[:, None], layer.weight, rows) if "bias" in layer else layer.weight @ rows
+    return out.swapaxes(-1, -2)
 
 
 def join_children(module: nn.Module, names: Sequence[str], joined: str) -> None:
