@@ -20,7 +20,7 @@ from qwenvl_mlx.media import Media
 PICTURES = ((448, 448), (896, 672), (1344, 1008), (1792, 1344), (2016, 1568))  # to 16,128 patches of 14
 PROMPTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16)
-SLICES = (64, 128, 256, 512, 1024, 2048)
+SLICES = (64, 128, 256, 512, 768, 1024, 2048)
 
 
 @dataclass(frozen=True)

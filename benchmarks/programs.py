@@ -89,13 +89,16 @@ class Ours:
 
 
 def read(model: VisionLanguageModel, embedded: Embedded, cache: Cache, most: int | None = None) -> mx.array:
-    """Logits ``[1, 1, vocab]`` of a prompt's end, read in slices of so many tokens or as the engine's are."""
+    """Logits ``[1, 1, vocab]`` of a prompt's end, read in slices as the engine's, of so many tokens at most."""
     from qwenvl_mlx.engine import EngineOptions
+    from qwenvl_mlx.engine.pace import Paces
 
-    most = most or EngineOptions.prefill_chunk
-    for begin in range(0, len(embedded), most):
-        logits = model(embedded.slice(begin, begin + most), cache=cache, last_only=True)
+    paces, begin = Paces(lambda: False, most or EngineOptions.prefill_chunk), 0
+    while begin < len(embedded):
+        end = begin + paces.next_tokens(len(embedded) - begin)
+        logits = model(embedded.slice(begin, end), cache=cache, last_only=True)
         mx.eval(cache.arrays)
+        begin = end
     return logits
 
 

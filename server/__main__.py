@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-queue", type=cli.positive, default=64, metavar="N", help="requests that may wait (64)"
     )
     group.add_argument(
-        "--prefill-chunk", type=cli.positive, default=512, metavar="N", help="tokens read at once (512)"
+        "--prefill-chunk", type=cli.positive, default=768, metavar="N", help="tokens read at once (768)"
     )
     parser.add_argument("--inbrowser", action="store_true", help="open the page in the browser")
     parser.add_argument("--log-level", choices=LEVELS, default="info", help="what is told on stderr (info)")

@@ -11,7 +11,7 @@ from fakes import FakeModel, FakeProcessor, ask, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions
 from qwenvl_mlx.engine.batch import Batch
-from qwenvl_mlx.engine.pace import LEAST_TOKENS, REMAINDER, STALL, Pace, Paces
+from qwenvl_mlx.engine.pace import LEAST_TOKENS, STALL, Pace, Paces
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media
@@ -32,10 +32,12 @@ def test_a_slice_takes_what_fits_the_moment() -> None:
 
 
 def test_small_limits_are_kept() -> None:
-    assert Paces(lambda: True, 8).next_tokens(11) == 8
+    assert Paces(lambda: True, 8).next_tokens(11) == 6
     paces = Paces(lambda: True, 512)
-    assert paces.next_tokens(500) == LEAST_TOKENS
+    assert paces.next_tokens(512) == LEAST_TOKENS
     assert paces.next_tokens(LEAST_TOKENS + 9) == LEAST_TOKENS + 9  # no scraps
+    assert Paces(lambda: False, 512).next_tokens(700) == 350
+    assert Paces(lambda: True, 512).next_tokens(1) == 1
     assert Paces(lambda: True, 512).next_blocks(10**6) == 1
 
 
@@ -82,6 +84,6 @@ def test_running_answers_wait_a_moment_only(question: object, monkeypatch: pytes
         engine.generate(question, GenerationOptions(max_tokens=1))  # type: ignore[arg-type]
         running.cancel()
         running.result()
-        assert 0 < model.longest_pause() <= REMAINDER * STALL  # at once it would be 1.0 and 2.0 seconds
-        engine.generate("z" * 1500, GenerationOptions(max_tokens=1))
+        assert 0 < model.longest_pause() <= 1.5 * STALL  # at once it would be 1.0 and 2.0 seconds
+        engine.generate("z" * (2048 - len("u:a:.")), GenerationOptions(max_tokens=1))
     assert ("read", 1024) in model.diary  # alone, nobody waits

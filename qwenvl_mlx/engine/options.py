@@ -90,7 +90,7 @@ class EngineOptions:
     ``prompt_lookup``: guess tokens of greedy answers from the prompt, see ``lookup``; the answer stays the same.
     """
 
-    prefill_chunk: int = 512
+    prefill_chunk: int = 768
     max_batch: int = 8
     max_queue: int = 64
     cache_bytes: int | None = None

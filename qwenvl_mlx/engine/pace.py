@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 STALL = 0.25  # seconds that running answers may wait for a slice, where a smaller one is possible
 LEAST_TOKENS = 64  # fewer make a prompt much slower to read, and hardly a slice shorter
-REMAINDER = 1.5  # slices: what is left of a prompt is not cut into a whole one and a scrap
 # Patches times blocks of the vision tower: 512 tokens of a 7B decoder cost as much.
 LEAST_PATCHES, MOST_PATCHES = 1024, 16384
 
@@ -41,9 +40,12 @@ class Paces:
         return self.tokens.slice(hurried=self._hurried())
 
     def next_tokens(self, left: int) -> int:
-        """Tokens of the next slice of a prompt that has ``left`` to be read."""
-        size = self.most_tokens()
-        return left if left <= min(REMAINDER * size, self._chunk) else size
+        """Tokens of the next slice of a prompt that has ``left`` to be read: slices of one size, and no scrap.
+
+        So a slice may be half as large again as what fits the moment.
+        """
+        slices = max(round(left / self.most_tokens()), -(-left // self._chunk))
+        return -(-left // slices)
 
     def next_blocks(self, patches: int) -> int:
         """Blocks of the vision tower in the next slice of a picture with so many patches."""
