@@ -1,7 +1,8 @@
 """The server against its own OpenAPI description: whatever request is made up from it, nothing fails.
 
-Against any running server, and for longer:
+Against any running server, and for longer (made-up answers may be as long as the context, so keep that short):
 
+    python -m qwenvl_mlx.server --model demo --max-kv-size 256
     schemathesis run http://127.0.0.1:8000/openapi.json --max-examples 1000 --checks not_a_server_error
 """
 
