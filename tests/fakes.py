@@ -6,6 +6,7 @@ The decoder has what the engine must respect: rotary positions with a delta, cau
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from qwenvl_mlx.engine import Engine, GenerationOptions
 from qwenvl_mlx.errors import MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.mlx_lm import leaf
@@ -247,6 +249,19 @@ def ask(text: str, *pictures: Media) -> list[Message]:
     """One user's turn with pictures before the text."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": item} for item in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def hold(engine: Engine) -> threading.Event:
+    """Stop the engine's thread until the event is set: whatever is submitted meanwhile waits together."""
+    began, held = threading.Event(), threading.Event()
+
+    def listen(_: object) -> None:
+        began.set()
+        held.wait()
+
+    engine.submit("hold", GenerationOptions(max_tokens=1), listener=listen)
+    began.wait()
+    return held
 
 
 def greedy(model: FakeModel, prompt: Prompt, count: int) -> list[int]:

@@ -7,15 +7,16 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from fakes import FakeModel, FakeProcessor, ask, picture
+from fakes import FakeModel, FakeProcessor, ask, hold, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, Reply, Request, TextEvent
 from qwenvl_mlx.engine.batch import Batch
-from qwenvl_mlx.errors import MediaError, PromptError
+from qwenvl_mlx.errors import GenerationError, MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Embedded, Prompt
 
@@ -112,8 +113,7 @@ def joint(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def at_once(engine: Engine, work: Sequence[tuple[Prompt, GenerationOptions]]) -> list[Request]:
     """Submit while the engine's thread is held, so that all wait together."""
-    held = threading.Event()
-    engine.submit("hold", GenerationOptions(max_tokens=1), listener=lambda _: held.wait())
+    held = hold(engine)
     requests = [engine.submit(prompt, options) for prompt, options in work]
     held.set()
     return requests
@@ -158,8 +158,7 @@ def test_prompts_read_as_one_fail_and_are_cancelled_alone(joint: list[tuple[int,
     work = [(Prompt([number, *range(40, 60)]), options) for number in (1, 2, 3, 4, 999, 5, 6)]
     wanted = alone(model, [*work[:4], *work[5:]])
     with engine_for(model, prefill_chunk=512) as engine:
-        held = threading.Event()
-        engine.submit("hold", GenerationOptions(max_tokens=1), listener=lambda _: held.wait())
+        held = hold(engine)
         requests = [engine.submit(prompt, options) for prompt, options in work]
         requests[1].cancel()
         held.set()
@@ -168,25 +167,62 @@ def test_prompts_read_as_one_fail_and_are_cancelled_alone(joint: list[tuple[int,
         assert requests[1].result().finish_reason == "cancelled"
         good = [requests[i].result().tokens for i in (0, 2, 3, 5, 6)]
     assert good == [wanted[i].tokens for i in (0, 2, 3, 4, 5)]
-    assert joint == [(3, 21), (2, 21)]
+    assert not joint  # with such a prompt among them, they are read one by one
 
 
-def test_a_fault_of_reading_as_one_is_told_to_all_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = FakeModel(), FakeModel.decode
+def test_what_can_not_be_read_as_one_is_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order; and those who come later are read as one again."""
+    model, plain, plain_call = FakeModel(), FakeModel.decode, FakeModel.__call__
+    options = GenerationOptions(max_tokens=5, ignore_eos=True)
+    work = [(Prompt([number] * (9 + number)), options) for number in (1, 2, 3)]
+    wanted = alone(model, work)
+    joint: list[int] = []
+    single: list[int] = []
 
     def full(self: FakeModel, tokens: mx.array, cache: Cache, *, last_only: bool = False) -> mx.array:
-        if last_only:
+        joint.extend([len(tokens)] * last_only)
+        if last_only and len(joint) == 1:
             raise MemoryError("full")
-        return plain(self, tokens, cache)
+        return plain(self, tokens, cache, last_only=last_only)
+
+    def reading(self: FakeModel, embedded: Embedded, *args: Any, **more: Any) -> mx.array:
+        single.append(len(embedded))
+        return plain_call(self, embedded, *args, **more)
 
     monkeypatch.setattr(FakeModel, "decode", full)
-    options = GenerationOptions(max_tokens=5, ignore_eos=True)
+    monkeypatch.setattr(FakeModel, "__call__", reading)
     with engine_for(model, prefill_chunk=512) as engine:
-        for request in at_once(engine, [(Prompt([number, 9]), options) for number in (1, 2)]):
-            with pytest.raises(MemoryError):
+        for _ in range(2):
+            replies = [request.result() for request in at_once(engine, work)]
+            assert [reply.tokens for reply in replies] == [reply.tokens for reply in wanted]
+    assert joint == [3, 3]
+    held = len(FakeProcessor()(ask("hold")))
+    assert single == [held, 10, 11, 12, held]
+
+
+def test_no_more_are_read_as_one_than_may_run(joint: list[tuple[int, ...]]) -> None:
+    options = GenerationOptions(max_tokens=3, ignore_eos=True)
+    with engine_for(FakeModel(), prefill_chunk=512, max_batch=3) as engine:
+        for request in at_once(engine, [(Prompt([number] * 9), options) for number in range(5)]):
+            assert len(request.result().tokens) == 3
+    assert joint == [(3, 9), (2, 9)]
+
+
+def test_the_thread_dies_on_prompts_that_were_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hears of it once, also those that were about to join."""
+
+    def broken(*_: object) -> None:
+        raise TypeError("broken")
+
+    hook = threading.excepthook
+    with engine_for(FakeModel(), prefill_chunk=512) as engine:
+        monkeypatch.setattr(threading, "excepthook", lambda args: None)
+        requests = at_once(engine, [(Prompt([number, 9]), GenerationOptions()) for number in (1, 2, 3)])
+        monkeypatch.setattr("qwenvl_mlx.engine.loop.Sampler", broken)
+        for request in requests:
+            with pytest.raises(GenerationError, match="broken"):
                 request.result()
-        assert len(engine.generate("still there?", options).tokens) == 5
-        assert not engine.waiting
+    monkeypatch.setattr(threading, "excepthook", hook)
 
 
 def test_no_graph_grows_with_the_answers(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from benchmarks.parity_table import DECODER, GENERATIONS, IDS, IMAGE, VIDEO, VIS
 from qwenvl_mlx.api import load_model
 from qwenvl_mlx.engine.together import read_together
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
-from qwenvl_mlx.layers.batch import left_pad
+from qwenvl_mlx.layers.batch import left_pad, text_batch
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.media import Media, Prompt
 from qwenvl_mlx.models import model_class
@@ -123,16 +123,20 @@ def test_texts_are_read_together_as_alone(model: MRopeModel, generation: str) ->
     """Some after what was read before, of different lengths: what is padded follows nothing."""
     if not model.make_cache().trimmable:
         pytest.skip("a recurrent state: such prompts are read alone")
-    before, ids = [[], [7, 8, 9], []], [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3, 4]]
+    longer = mixed(model, generation)
+    before, ids = [[], longer.input_ids[:3], []], [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6], [3, 4]]
     caches = [model.make_cache() for _ in ids]
-    for known, cache in zip(before, caches, strict=True):
-        model(ready(model, Prompt(known)), cache) if known else None
+    model(ready(model, longer), caches[1])
+    caches[1].trim(len(longer) - 3)  # its rope delta is still that of the pictures
     logits, together = read_together(model, ids, caches)
-    after = model.decode(mx.array([[4], [5], [6]]), together)
     for row, (known, new) in enumerate(zip(before, ids, strict=True)):
-        state = model.make_cache()
+        single, state = together.extract(row), model.make_cache()
         assert close(logits[row, -1], model(ready(model, Prompt(known + new)), state)[0, -1])
-        assert close(after[row : row + 1], model.decode(mx.array([[4 + row]]), state))
+        for token in ([[4 + row]], [[1, 2]]):  # alone, and then together with a picture
+            assert close(model.decode(mx.array(token), single), model.decode(mx.array(token), state))
+        assert close(model(ready(model, longer), single), model(ready(model, longer), state))
+    with pytest.raises(ValueError, match="no padding"):
+        text_batch(caches, [0, 1, 0])
 
 
 def test_frames_and_pictures_never_attend_to_each_other(model: MRopeModel, generation: str) -> None:

@@ -48,3 +48,42 @@ def test_sums_see_a_batch_as_one_matrix(kind: str, monkeypatch: pytest.MonkeyPat
     apply(layer, x)
     add_linear(mx.zeros((8, 1, 96)), layer, x)
     assert set(seen) == {2}
+
+
+class Sum(nn.Linear):
+    """A layer that does more than its weights say."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "kind", "device", "first"),
+    [
+        (15, mx.float32, nn.Linear, mx.cpu, False),
+        (16, mx.float32, nn.Linear, mx.cpu, True),
+        (128, mx.float32, nn.Linear, mx.cpu, True),
+        (129, mx.float32, nn.Linear, mx.cpu, False),
+        (64, mx.float32, nn.Linear, mx.gpu, False),
+        (64, mx.bfloat16, nn.Linear, mx.cpu, False),
+        (64, mx.float32, Sum, mx.cpu, False),
+    ],
+)
+def test_few_rows_take_the_weights_first_on_a_cpu(
+    rows: int, dtype: mx.Dtype, kind: type, device: Any, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = kind(64, 96, bias=False), mx.random.normal((1, rows, 64)).astype(dtype)
+    layer.set_dtype(dtype)
+    wanted, residual = layer(x), mx.random.normal((1, rows, 96)).astype(dtype)
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    products: list[tuple[int, ...]] = []
+    matmul, addmm = mx.array.__matmul__, mx.addmm
+
+    def noted(left: mx.array, right: mx.array) -> mx.array:
+        products.append(left.shape)
+        return matmul(left, right)
+
+    monkeypatch.setattr(mx.array, "__matmul__", noted)
+    monkeypatch.setattr(mx, "addmm", lambda c, a, b: (products.append(a.shape), addmm(c, a, b))[1])
+    given, added = apply(layer, x), add_linear(residual, layer, x)
+    assert [shape == (96, 64) for shape in products[-2:]] == [first, first]
+    tolerance = 1e-5 if dtype == mx.float32 else 0.02
+    for ours, theirs in ((given, wanted), (added, residual + wanted)):
+        np.testing.assert_allclose(ours.astype(mx.float32), theirs.astype(mx.float32), atol=tolerance)

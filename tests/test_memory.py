@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakeModel, FakeProcessor, ask, picture
+from fakes import FakeModel, FakeProcessor, ask, hold, picture
 
 from qwenvl_mlx.engine import Engine, EngineOptions, GenerationOptions, memory
 from qwenvl_mlx.engine.kv import cache_maker, kv_cost
@@ -116,6 +116,26 @@ def test_padding_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = MemoryPlan(model, None, 10**9)
     assert padded.allows_padding(10, 0)
     assert not padded.allows_padding(10**9 // ROW, 0)
+
+
+def test_prompts_read_as_one_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four that wait, where two find room, each with 10 tokens and its answer; and copies of 20."""
+    model, rows = FakeModel(), []
+    allow(monkeypatch, model, 310 * ROW)
+    plain = FakeModel.decode
+
+    def watching(self: FakeModel, tokens: Any, cache: Any, **options: Any) -> Any:
+        rows.extend([len(tokens)] * options.get("last_only", False))
+        return plain(self, tokens, cache, **options)
+
+    monkeypatch.setattr(FakeModel, "decode", watching)
+    options = GenerationOptions(max_tokens=100, ignore_eos=True)
+    with Engine(model, FakeProcessor(), EngineOptions(cache_bytes=0, prompt_lookup=False)) as engine:
+        held = hold(engine)
+        requests = [engine.submit(Prompt([number] * 10), options) for number in range(4)]
+        held.set()
+        assert [len(request.result().tokens) for request in requests] == [100] * 4
+    assert rows == [2, 2]
 
 
 def test_what_is_remembered_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,9 @@ def test_small_limits_are_kept() -> None:
     paces = Paces(lambda: True, 512)
     assert paces.next_tokens(512) == LEAST_TOKENS
     assert paces.next_tokens(LEAST_TOKENS + 9) == LEAST_TOKENS + 9  # no scraps
+    assert (
+        paces.next_tokens(2 * LEAST_TOKENS - 9) == LEAST_TOKENS - 4
+    )  # two, rather than one of twice the size
     assert Paces(lambda: False, 512).next_tokens(700) == 350
     assert Paces(lambda: True, 512).next_tokens(1) == 1
     assert Paces(lambda: True, 512).next_blocks(10**6) == 1

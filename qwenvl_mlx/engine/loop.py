@@ -65,8 +65,10 @@ class Loop:
         budget = memory.default_cache_bytes() if options.cache_bytes is None else options.cache_bytes
         self.prefixes = PrefixCache(budget)
         self._paces = Paces(lambda: self._answering > 0, options.prefill_chunk)
-        self._prefill: Prefill | None = None
+        self._together = Together(model, self._paces, plan, remembers=budget > 0)
+        self._reading: list[Prefill] = []  # one, or short ones that are read as one
         self._slices: Iterator[None] = iter(())
+        self._singly = 0  # so many are to be read one by one
         self._door = threading.Lock()  # no request may slip in after the last look at the inbox
         self._closing = threading.Event()
         self._steps = 0
@@ -80,7 +82,7 @@ class Loop:
     @property
     def running(self) -> int:
         """Requests that are being read or answered."""
-        return self._answering + (self._prefill is not None)
+        return self._answering + len(self._reading)
 
     @property
     def closed(self) -> bool:
@@ -135,79 +137,69 @@ class Loop:
 
     def _read(self) -> None:
         """One slice of the prompt that is being read, or the beginning of the next one."""
-        if self._prefill is None and not self._read_together() and self._waiting:
-            self._begin(self._waiting[0])
-        if self._prefill is None:
+        if not self._reading:
+            self._begin()
+        if not self._reading:
             return
-        sequence = self._prefill.sequence
-        if sequence.request.cancelled:
-            sequence.cancel()
-            self._prefill = None
+        first = self._reading[0].sequence
+        if len(self._reading) == 1 and first.request.cancelled:
+            first.cancel()
+            self._reading = []
             return
         try:
             if next(self._slices, self) is None:
                 return
         except REQUEST_FAULTS as error:
-            self._fail(sequence.request, error)
-        else:
-            self._join(self._prefill)
-        self._prefill = None
+            self._spoilt(error)
+        while self._reading:  # who has not joined yet is still found here, should the thread die
+            self._join(self._reading[0])
+            del self._reading[0]
 
-    def _read_together(self) -> bool:
-        """Read the first of those who wait as one, if they are short; they wait until that is done."""
-        group = self._group()
-        if len(group) < 2:
-            return False
-        done = group.prefills
-        try:
-            group.read()
-        except REQUEST_FAULTS as error:
-            done = []
-            for one in group.prefills:
-                self._fail(one.sequence.request, error)
-        for _ in group.prefills:
-            self._waiting.popleft()
-        for one in done:
-            self._join(one)
-        return True
-
-    def _group(self) -> Together:
-        group = Together(self._model, self._paces, remembers=self.prefixes.budget > 0)
-        for request in self._waiting if len(self._waiting) > 1 else ():
-            if not self._admits(request, group):
-                break
-            prefill = self._prefill_of(request)
+    def _begin(self) -> None:
+        """Take the first prompt that waits, and those behind it that are better read as one with it."""
+        while self._waiting and self._admits(self._waiting[0]):
+            request = self._waiting[0]
             try:
-                prefill.look_up()
-                if not group.takes(prefill):
-                    break
-            except REQUEST_FAULTS:  # it will be read alone, and fail alone
+                prefill = self._prefill_of(request)
+            except REQUEST_FAULTS as error:
+                self._waiting.popleft()
+                self._fail(request, error)
+                continue
+            taken = self._planned() + request.needs
+            if self._reading and not self._together.gains(self._reading, prefill, taken):
                 break
-            if not self._plan.allows_padding(group.padding(prefill), self._planned(group) + request.needs):
-                break
-            group.prefills.append(prefill)
-        return group
-
-    def _admits(self, request: Request, group: Together | None = None) -> bool:
-        """Whether there is a place and memory for one more. What is only remembered makes room."""
-        together = len(group) if group else 0
-        if self._answering + together >= self._options.max_batch:
-            return False
-        needs = self._planned(group) + request.needs
-        self.prefixes.shrink(max(self._plan.free - needs, 0))
-        return not (self._lanes or together) or needs <= self._plan.free
-
-    def _planned(self, group: Together | None = None) -> int:
-        """Bytes that running answers, and those of a group, will take; with the padding of their batches."""
-        rows = sum(row.sequence.request.needs for lane in self._lanes for row in lane.rows)
-        rows += sum(one.sequence.request.needs for one in group.prefills) if group else 0
-        return rows + sum(self._plan.padding(lane.padding()) for lane in self._lanes)
-
-    def _begin(self, request: Request) -> None:
-        if self._admits(request):
+            self._reading.append(prefill)
             self._waiting.popleft()
-            self._prefill = self._prefill_of(request)
-            self._slices = self._prefill.run()
+            if self._singly or not self._together.suits(prefill):
+                self._singly = max(self._singly - 1, 0)
+                break
+        alone = len(self._reading) == 1
+        self._slices = self._reading[0].run() if alone else self._together.run(self._reading)
+
+    def _spoilt(self, error: Exception) -> None:
+        """What was being read can't be: one prompt fails; several are read again, each alone."""
+        requests = [one.sequence.request for one in self._reading]
+        self._reading = []
+        if len(requests) == 1:
+            self._fail(requests[0], error)
+        else:
+            log.info("%d prompts are read one by one: %s", len(requests), error)
+            self._waiting.extendleft(reversed(requests))
+            self._singly = len(requests)
+
+    def _admits(self, request: Request) -> bool:
+        """Whether there is a place and memory for one more. What is only remembered makes room."""
+        if self.running >= self._options.max_batch:
+            return False
+        needs = self._planned() + request.needs
+        self.prefixes.shrink(max(self._plan.free - needs, 0))
+        return not self.running or needs <= self._plan.free
+
+    def _planned(self) -> int:
+        """Bytes that all that runs will take, with the padding of batches."""
+        rows = sum(row.sequence.request.needs for lane in self._lanes for row in lane.rows)
+        rows += sum(one.sequence.request.needs for one in self._reading)
+        return rows + sum(self._plan.padding(lane.padding()) for lane in self._lanes)
 
     def _prefill_of(self, request: Request) -> Prefill:
         room = self._context - len(request.prompt)
@@ -238,7 +230,7 @@ class Loop:
 
     def _lane_for(self, row: Row, cache: Cache) -> Batch:
         """A batch that takes it without too much padding, or a new one."""
-        taken = self._planned() + row.sequence.request.needs
+        taken = self._planned()  # this one is still among those that are read
         for lane in self._lanes:
             if lane.takes(cache) and self._plan.allows_padding(lane.padding(row.length), taken):
                 return lane
@@ -281,7 +273,7 @@ class Loop:
             f"the engine has stopped ({self.fault})" if self.fault else "the engine was closed"
         )
         running = [row.sequence.request for lane in self._lanes for row in lane.rows]
-        running += [self._prefill.sequence.request] if self._prefill else []
+        running += [one.sequence.request for one in self._reading]
         while not self._inbox.empty():
             request = self._inbox.get()
             running += [request] if request else []
@@ -289,4 +281,4 @@ class Loop:
             request.emit(error)
         self._waiting.clear()
         self._lanes.clear()
-        self._prefill = None
+        self._reading = []

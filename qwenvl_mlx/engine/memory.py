@@ -23,6 +23,7 @@ LIVE_BLOCKS = (
     5  # measured peaks of vision towers: 2.9 to 4.1 times what the linear layers of one block give out
 )
 SMALLEST_SHARE = 0.01
+COPIES = 4  # of caches on their way into a batch and out of it
 SMALL_PADDING = 1 << 26  # bytes of padding that are not worth a second batch, however small the model
 
 
@@ -86,6 +87,13 @@ class MemoryPlan:
         """
         room = min(max(self.weights, SMALL_PADDING), self.free - taken)
         return self.padding(tokens) <= max(room, 0)
+
+    def allows_copies(self, tokens: int, taken: int) -> bool:
+        """Whether so many tokens of cache may be copied to be read as one, where ``taken`` bytes are planned already.
+
+        Reading prompts one by one reads the weights once for each; more than that is not worth copying.
+        """
+        return self.allows_padding(COPIES * tokens, taken)
 
     def needs(self, prompt: Prompt, answer: int, *, share: float = 1.0) -> int:
         """Peak bytes of a request; ``share``: as if its media had only so much of their area."""

@@ -17,7 +17,7 @@ from qwenvl_mlx.models.base import Places, VisionLanguageModel
 
 
 class Prefill:
-    """The work on one prompt.
+    """The work on one prompt. Begins with what is known of it; ``PromptError`` when placeholders and media don't fit.
 
     ``paces``: how large its slices are. ``turn``: the token that opens a turn, if there is one.
     After ``run`` has ended, ``cache`` holds the prompt and ``logits`` ``[vocab]`` are those of its end.
@@ -34,12 +34,12 @@ class Prefill:
         turn: int | None = None,
     ) -> None:
         self.sequence = sequence
-        self.cache: Cache
         self.logits: mx.array
-        self.ids: Ids
         self.rope_key = model.rope_key(len(sequence.request.prompt))
+        self.ids: Ids = content_ids(model, sequence.request.prompt)
+        known = memory.take(self.ids, self.rope_key)
+        self.cache, sequence.cached_tokens = known or (new_cache(), 0)
         self._model = model
-        self._new_cache = new_cache
         self._memory = memory
         self._paces = paces
         self._turn = turn
@@ -49,15 +49,8 @@ class Prefill:
         """Tokens that are to be read."""
         return len(self.ids) - self.sequence.cached_tokens
 
-    def look_up(self) -> None:
-        """Begin with what is known of the prompt."""
-        self.ids = content_ids(self._model, self.sequence.request.prompt)
-        self.cache, known = self._memory.take(self.ids, self.rope_key) or (self._new_cache(), 0)
-        self.sequence.cached_tokens = known
-
     def run(self) -> Iterator[None]:
         """Yields after each slice: some blocks of the vision tower, or some tokens."""
-        self.look_up()
         prompt, known = self.sequence.request.prompt, self.sequence.cached_tokens
         places = self._model.media_places(prompt.input_ids, prompt.media)
         features: list[Features | None] = []
@@ -76,7 +69,7 @@ class Prefill:
         while begin < length:
             started = time.perf_counter()
             edge = next((mark for mark in marks if mark > begin), length)
-            end = min(begin + self._paces.next_tokens(edge - begin), edge)
+            end = begin + self._paces.next_tokens(edge - begin)
             logits = self._model(embedded.slice(begin, end), self.cache, last_only=True)
             mx.eval(self.cache.arrays, *([logits] if end == length else []))
             self._paces.tokens.learn(end - begin, time.perf_counter() - started)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
+from qwenvl_mlx.engine.memory import MemoryPlan
 from qwenvl_mlx.engine.pace import Paces
 from qwenvl_mlx.engine.prefill import Prefill
 from qwenvl_mlx.engine.prefix_cache import shared_length
@@ -16,56 +17,61 @@ from qwenvl_mlx.models.base import VisionLanguageModel
 
 
 class Together:
-    """Prompts of text that are read in one slice.
+    """Says which prompts are read as one, and reads them in one slice.
 
-    ``paces``: how many tokens that may have, padding included. ``remembers``: whether one prompt's state will be there
-    for the next one.
+    ``remembers``: whether the state of one prompt will be known when the next one is read.
     """
 
-    def __init__(self, model: VisionLanguageModel, paces: Paces, *, remembers: bool) -> None:
-        self.prefills: list[Prefill] = []
+    def __init__(
+        self, model: VisionLanguageModel, paces: Paces, plan: MemoryPlan, *, remembers: bool
+    ) -> None:
         self._model = model
         self._paces = paces
+        self._plan = plan
         self._remembers = remembers
 
-    def __len__(self) -> int:
-        return len(self.prefills)
-
-    def takes(self, prefill: Prefill) -> bool:
-        """Whether it may join, and gains by it; it has been looked up. ``PromptError`` for a token that is none."""
-        self._model.token_array(prefill.ids.tolist())
-        longest = max([prefill.left, *(one.left for one in self.prefills)])
+    def suits(self, prefill: Prefill) -> bool:
+        """Whether it is one whose rows may be padded: text, in caches that can be joined and cut."""
         return (
             not (self._model.sharded or prefill.sequence.request.prompt.media)
             and prefill.rope_key == 1
             and all(layer.is_trimmable() and hasattr(layer, "merge") for layer in prefill.cache)
-            and longest * (len(self) + 1) <= self._paces.most_tokens()
-            and not (self._remembers and any(_follows(prefill, one) for one in self.prefills))
         )
 
-    def padding(self, joining: Prefill) -> int:
-        """Tokens of padding in their cache, if this one joins."""
-        lengths = [len(one.ids) for one in (*self.prefills, joining)]
-        return len(lengths) * max(lengths) - sum(lengths)
+    def gains(self, group: Sequence[Prefill], prefill: Prefill, taken: int) -> bool:
+        """Whether ``prefill`` is better read as one with ``group``, where ``taken`` bytes are planned with it.
 
-    def read(self) -> None:
-        """Bring all prompts into their caches; afterwards each has ``logits``."""
+        All must fit a slice, their caches must be small enough to copy, and none better waits for another.
+        """
+        everyone = (*group, prefill)
+        fresh, whole = (len(everyone) * max(each) for each in zip(*map(_lengths, everyone), strict=True))
+        return (
+            self.suits(prefill)
+            and fresh <= self._paces.most_tokens()
+            and self._plan.allows_copies(whole, taken)
+            and not (self._remembers and any(_follows(prefill, one) for one in group))
+        )
+
+    def run(self, group: Sequence[Prefill]) -> Iterator[None]:
+        """As ``Prefill.run`` for all of them."""
+        started = time.perf_counter()
         caches, ids = [], []
-        length = max(one.left for one in self.prefills)
-        for one in self.prefills:
+        length = max(one.left for one in group)
+        for one in group:
+            self._model.token_array(one.ids.tolist())
             # where others are padded, this one reads some of what it knows once more
             known = max(len(one.ids) - length, 0)
             one.cache.trim(one.sequence.cached_tokens - known)
             one.sequence.cached_tokens = known
             caches.append(one.cache)
             ids.append(one.ids[known:].tolist())
-        started = time.perf_counter()
         logits, cache = read_together(self._model, ids, caches)
         now = time.perf_counter()
-        self._paces.tokens.learn(length * len(self), now - started)
-        for row, one in enumerate(self.prefills):
+        self._paces.tokens.learn(length * len(group), now - started)
+        for row, one in enumerate(group):
             one.cache, one.logits = cache.extract(row), logits[row, -1]
             one.sequence.prefilled = now
+        yield
 
 
 def read_together(
@@ -82,6 +88,10 @@ def read_together(
     cache.share_offset()
     mx.eval(cache.arrays, logits)
     return logits, cache
+
+
+def _lengths(prefill: Prefill) -> tuple[int, int]:
+    return prefill.left, len(prefill.ids)
 
 
 def _follows(prefill: Prefill, other: Prefill) -> bool:

@@ -43,10 +43,13 @@ def empty_batch(pattern: Cache, padding: Sequence[int]) -> Cache:
 
 
 def text_batch(caches: Sequence[Cache], padding: Sequence[int]) -> Cache:
-    """Single caches as one batch, to be followed by texts with so much padding on the left: only before empty ones.
+    """Single caches as one batch, to be followed by texts with so much padding on the left: none where a cache holds
+    tokens, or ``ValueError``.
 
     Nothing but text may follow, and all rows must have an NTK factor of 1.
     """
+    if any(width and not cache.is_empty for width, cache in zip(padding, caches, strict=True)):
+        raise ValueError("no padding may come between what a cache holds and what follows")
     layers = Cache.merge(caches)
     width = mx.array(list(padding), mx.int32)
     for layer in layers:
