@@ -173,8 +173,10 @@ class Loop:
             if self._singly or not self._together.suits(prefill):
                 self._singly = max(self._singly - 1, 0)
                 break
-        alone = len(self._reading) == 1
-        self._slices = self._reading[0].run() if alone else self._together.run(self._reading)
+        if len(self._reading) == 1:
+            self._slices = self._reading[0].run()
+        elif self._reading:
+            self._slices = self._together.run(self._reading)
 
     def _spoilt(self, error: Exception) -> None:
         """What was being read can't be: one prompt fails; several are read again, each alone."""
