@@ -214,15 +214,15 @@ def test_the_thread_dies_on_prompts_that_were_read_as_one(monkeypatch: pytest.Mo
     def broken(*_: object) -> None:
         raise TypeError("broken")
 
-    hook = threading.excepthook
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
     with engine_for(FakeModel(), prefill_chunk=512) as engine:
-        monkeypatch.setattr(threading, "excepthook", lambda args: None)
-        requests = at_once(engine, [(Prompt([number, 9]), GenerationOptions()) for number in (1, 2, 3)])
+        held = hold(engine)
         monkeypatch.setattr("qwenvl_mlx.engine.loop.Sampler", broken)
+        requests = [engine.submit(Prompt([number, 9]), GenerationOptions()) for number in (1, 2, 3)]
+        held.set()
         for request in requests:
             with pytest.raises(GenerationError, match="broken"):
                 request.result()
-    monkeypatch.setattr(threading, "excepthook", hook)
 
 
 def test_no_graph_grows_with_the_answers(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
