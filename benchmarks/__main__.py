@@ -54,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cores",
         type=int,
-        default=1,
+        default=blas.all_cores(),
         metavar="N",
-        help="processor cores for products on a CPU; all else that MLX does there takes one (default %(default)s)",
+        help="processor cores for each program, on Linux (default: all, here %(default)s)",
     )
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="measured rounds (default %(default)s)"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.blas import on_cores, preloaded
+from benchmarks.blas import environment, only
 from benchmarks.cases import CASES, Case
 from benchmarks.device import describe
 from benchmarks.programs import BLIND
@@ -47,14 +47,14 @@ class Worker:
 
     def __init__(self, name: str, folder: Path, options: Sequence[str], python: str, cores: int) -> None:
         self.name = name
-        self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.programs", name, str(folder), *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # torch brings a fast BLAS of its own
-            env=os.environ | on_cores(cores) | ({} if name == "torch" else preloaded(cores)),
-        )
+        with only(cores):
+            self.process = subprocess.Popen(
+                [python, "-m", "benchmarks.programs", name, str(folder), *options],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | environment(name, cores),
+            )
         self.loaded = self._answer()
 
     def run(self, case: Case, logits: Path) -> dict[str, float]:
@@ -116,14 +116,14 @@ def compare(
     programs: Sequence[str],
     dtype: str = "float32",
     clock: str = "wall",
-    cores: int = 1,
+    cores: int,
     rounds: int = 3,
     cases: Sequence[Case] = CASES,
     peer_python: str | None = None,
 ) -> dict[str, Any]:
     """Run every case in every program ``rounds`` times, in turn, after one warm-up.
 
-    ``cores``: what products may take on a CPU. All else that MLX computes there takes one.
+    ``cores``: of the processor, for each program; only one program computes at a time.
     """
     results: list[Result] = []
     with (

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 
 def describe() -> dict[str, str]:
@@ -45,17 +46,22 @@ def _best(run: Any, repeats: int = 5) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second of a matrix-vector product over 256 MB of float32 weights: what decoding does."""
-    weights, vector = mx.random.normal((8192, 8192)), mx.random.normal((1, 8192))
-    mx.eval(weights, vector)
-    return float(weights.nbytes / _best(lambda: mx.eval(vector @ weights.T)))
+    """Bytes a second of a matrix-vector product over 256 MB of float32 weights, on all cores: what decoding does."""
+    from qwenvl_mlx.layers.linear import apply
+
+    layer, vector = nn.Linear(8192, 8192, bias=False), mx.random.normal((1, 8192))
+    mx.eval(layer, vector)
+    return float(layer.weight.nbytes / _best(lambda: mx.eval(apply(layer, vector))))
 
 
 def matmul_rate(dtype: mx.Dtype = mx.float32, size: int = 2048) -> float:
-    """Floating-point operations a second of a square product."""
-    a, b = mx.random.normal((size, size)).astype(dtype), mx.random.normal((size, size)).astype(dtype)
-    mx.eval(a, b)
-    return float(2 * size**3 / _best(lambda: mx.eval(a @ b)))
+    """Floating-point operations a second of a square product, on all cores."""
+    from qwenvl_mlx.layers.linear import apply
+
+    layer, rows = nn.Linear(size, size, bias=False), mx.random.normal((size, size)).astype(dtype)
+    layer.set_dtype(dtype)
+    mx.eval(layer, rows)
+    return float(2 * size**3 / _best(lambda: mx.eval(apply(layer, rows))))
 
 
 def reset_peak() -> None:

@@ -68,22 +68,6 @@ def test_scores_never_stand_in_memory_whole() -> None:
     assert mx.get_peak_memory() - before < 8 * 2000 * 2000 * 4 / 2
 
 
-def test_rows_by_rows_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "ROWS", 7)
-    x = mx.random.normal((30, 4))
-    seen = []
-
-    def double(rows: mx.array) -> mx.array:
-        seen.append(len(rows))
-        return rows * 2
-
-    assert mx.array_equal(fused.by_rows(double, x), x * 2)
-    assert seen == [6, 6, 6, 6, 6]
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    fused.by_rows(double, x)
-    assert seen[5:] == [30]
-
-
 def test_a_gpu_gets_one_fused_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from benchmarks import growth
+from benchmarks import blas, growth
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, inputs
 from benchmarks.compare import PARTS, Result, available, table
@@ -220,3 +223,20 @@ def test_words_are_no_placeholders_wherever_those_stand() -> None:
 def test_an_unknown_shape_is_told() -> None:
     with pytest.raises(SystemExit, match=r"qwen2\.5-vl-3b"):
         shape("qwen9-vl")
+
+
+def test_every_program_has_the_same_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch and BLIS by threads of their own; ours deals its work out, so that its BLIS has one."""
+    monkeypatch.setattr(blas, "BLIS", Path(__file__))
+    assert "BLIS_NUM_THREADS" not in blas.environment("torch", 2)
+    assert blas.environment("torch", 2)["OMP_NUM_THREADS"] == "2"
+    assert blas.environment("mlx-vlm", 2)["BLIS_NUM_THREADS"] == "2"
+    assert blas.environment("qwenvl-mlx", 2)["BLIS_NUM_THREADS"] == "1"
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("macOS can't hold a process to some cores")
+    before = os.sched_getaffinity(0)
+    count = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
+    with blas.only(1):
+        assert subprocess.run(count, check=True, capture_output=True, text=True).stdout.strip() == "1"
+    assert os.sched_getaffinity(0) == before
+    assert blas.all_cores() == len(before)

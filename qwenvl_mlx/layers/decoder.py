@@ -13,10 +13,12 @@ from mlx.utils import tree_flatten
 from qwenvl_mlx.config import one_of
 from qwenvl_mlx.layers.attention import Pass
 from qwenvl_mlx.layers.cache import Cache
-from qwenvl_mlx.layers.linear import add_linear
+from qwenvl_mlx.layers.cores import by_rows
+from qwenvl_mlx.layers.linear import add_linear, apply, by_outputs
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles
+from qwenvl_mlx.layers.shard import Group
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,25 @@ class DecoderLayer(nn.Module):
         self[name] = mixer
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
+        self._summed = False
 
     def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
         mixer = self[self.mixer]
         mixed = mixer(self.input_layernorm(x), shared, cache)
         if shared.last_only:
             x, mixed = x[:, -1:], mixed[:, -1:]
-        x = add_linear(x, mixer.output, mixed)
+        if x.ndim < 3 or self._summed:
+            return self._rest(x, mixed)
+        return mx.unflatten(by_rows(self._rest, x.flatten(0, 1), mixed.flatten(0, 1)), 0, x.shape[:2])
+
+    def _rest(self, x: mx.array, mixed: mx.array) -> mx.array:
+        """What is done with each token for itself."""
+        x = add_linear(x, self[self.mixer].output, mixed)
         return add_mlp(x, self.mlp, self.post_attention_layernorm(x))
+
+    def shard(self, group: Group) -> None:
+        """Nothing side by side: the sums over machines have one order on all of them."""
+        self._summed = True
 
 
 def add_mlp(residual: mx.array, mlp: nn.Module, x: mx.array) -> mx.array:
@@ -142,5 +155,5 @@ class Decoder(nn.Module):
 
     def _output(self, hidden: mx.array) -> mx.array:
         if "lm_head" in self:
-            return self.lm_head(hidden)
-        return self.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]
+            return apply(self.lm_head, hidden)
+        return by_outputs(lambda part, _: part.as_linear(hidden), self.model.embed_tokens, hidden)

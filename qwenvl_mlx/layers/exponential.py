@@ -17,13 +17,18 @@ LOG2_E = 1 / math.log(2)
 FRACTION = (0.41421356, 0.98025818, 0.33973159, 0.07849348, 0.013601942, 0.0018951073, 0.00021877505)
 BITS = 23  # of a fraction
 ROUND = 1.5 * 2**BITS  # added and taken away again it leaves whole numbers
-SMALL = 1 << 14  # numbers for which the kernels' own cost outweighs what they save
+SMALL = 1 << 11  # numbers for which the kernels' own cost outweighs what they save
 
 
 def exp_pays(x: mx.array) -> bool:
     """Whether these functions are faster than ``mx.exp`` for such an array, here."""
+    return exps_pay(x.size, x.dtype)
+
+
+def exps_pay(count: int, dtype: mx.Dtype) -> bool:
+    """``exp_pays`` of an array that is yet to be made."""
     slow = mx.default_device() == mx.cpu and platform.machine() in ("x86_64", "AMD64")
-    return bool(slow) and x.dtype == mx.float32 and x.size > SMALL
+    return bool(slow) and dtype == mx.float32 and count > SMALL
 
 
 def exp2_below(x: mx.array, top: mx.array) -> mx.array:

@@ -1,29 +1,27 @@
 """Attention: MLX's fused kernel on a GPU; on a CPU, where MLX has none, piece by piece.
 
-A piece's scores stay in the processor's cache, and those of a large picture never fill the memory. Feed-forward layers
-of many patches gain in the same way.
+A piece's scores stay in the processor's cache, and those of a large picture never fill the memory.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from qwenvl_mlx.layers.exponential import LOG2_E, exp2_below
+from qwenvl_mlx.layers.cores import Turns, cores, evenly
+from qwenvl_mlx.layers.exponential import LOG2_E, exp2_below, exps_pay
 from qwenvl_mlx.layers.mlx_lm import leaf
 
 mlx_lm = leaf("models.base")
 
 PIECE = 1 << 18  # scores of one piece: a megabyte
 KEYS = 1024  # of one piece
+LEAST = 1 << 12  # scores that are worth a core of their own
 FEW = 48  # queries that are worth a piece of their own
 NEVER = -1e6  # a score that gives no weight
-
-ROWS = 256  # of a feed-forward layer at once
 
 Mask = mx.array | str | None
 
@@ -36,15 +34,16 @@ def attend(
     ``mask``: None, "causal" (the last query sees all keys), or bool that broadcasts to ``[B, heads, L, S]``.
     ``cached``: each key and each value lies in one piece, as in a cache.
     """
-    if mx.default_device() == mx.gpu or q.shape[2] == 1:
+    single = q.shape[2] == 1
+    if mx.default_device() == mx.gpu or (single and not exps_pay(_scores(q, k), q.dtype)):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     batch, heads, length, size = q.shape
     groups, dtype = k.shape[1], q.dtype
     q, k, v = (x.astype(mx.float32) for x in (q, k, v))  # products of half types are slow here
-    if not cached:  # else every piece would copy its part of them
+    if not cached and not single:  # else every piece would copy its part of them
         k, v = mx.contiguous(k), mx.contiguous(v)
     q = (q * (scale * LOG2_E)).reshape(batch, groups, heads // groups, length, size)
-    out = _Pieces().attend(q, k, v, _per_group(mask, groups))
+    out = _Pieces(_scores(q, k)).attend(q, k, v, _per_group(mask, groups))
     return out.reshape(batch, heads, length, -1).astype(dtype)
 
 
@@ -62,22 +61,6 @@ def last_query(mask: Mask) -> mx.array | None:
     return mask[..., -1:, :] if isinstance(mask, mx.array) else None
 
 
-def by_rows(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """``function(x)``; on a CPU a few rows ``[n, …]`` at a time, one after the other."""
-    if mx.default_device() == mx.gpu or len(x) <= ROWS:
-        return function(x)
-    parts: list[mx.array] = []
-    for rows in mx.split(x, _even(len(x), ROWS)):
-        parts.append(function(mx.depends([rows], parts[-1:])[0] if parts else rows))
-    return mx.concatenate(parts)
-
-
-def _even(count: int, most: int) -> list[int]:
-    """Where to cut ``count`` rows into the fewest parts of ``most`` rows, all of nearly one length."""
-    parts = -(-count // most)
-    return [count * part // parts for part in range(1, parts)]
-
-
 def _per_group(mask: Mask, groups: int) -> Mask:
     """``[B, heads, L, S]`` -> ``[B, kv heads, heads a kv head, L, S]``."""
     if not isinstance(mask, mx.array):
@@ -92,23 +75,24 @@ def _masked(scores: mx.array, seen: mx.array) -> mx.array:
 
 
 class _Pieces:
-    """Computes pieces one after the other: each waits for the one before, so that few are alive at once."""
+    """Computes ``scores`` piece by piece."""
 
-    def __init__(self) -> None:
-        self._last: mx.array | None = None
+    def __init__(self, scores: int) -> None:
+        self._turns = Turns()
+        self._most = min(PIECE, max(scores // cores(), LEAST))
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
         """``q`` ``[B, kv heads, heads a kv head, L, size]`` -> the same."""
-        scores = q.size // q.shape[-1] * min(k.shape[2], KEYS)
+        scores = _scores(q, k)
         axis = next((axis for axis in range(4) if q.shape[axis] > 1), 3)
-        if isinstance(mask, str) and q.shape[3] * PIECE // scores >= FEW:
+        if isinstance(mask, str) and q.shape[3] * self._most // scores >= FEW:
             axis = 3  # earlier queries see fewer keys
         count = q.shape[axis]
-        most = max(count * PIECE // scores, 1)
+        most = max(count * self._most // scores, 1)
         if most >= count:
-            return self._whole(q, k, v, mask)
+            return self._turns(partial(_single if q.shape[3] == 1 else _whole, k=k, v=v, mask=mask), q)
         parts = []
-        for at, end in itertools.pairwise([0, *_even(count, most), count]):
+        for at, end in itertools.pairwise([0, *evenly(count, -(-count // most)), count]):
             keys, values = (_cut(x, axis, at, end) if axis < 2 else x for x in (k, v))
             if axis == 3 and isinstance(mask, str):  # causal: what none of these queries sees is left out
                 keys, values = (x[:, :, : x.shape[2] - count + end] for x in (k, v))
@@ -116,34 +100,46 @@ class _Pieces:
             parts.append(self.attend(_cut(q, axis, at, end), keys, values, part))
         return mx.concatenate(parts, axis=axis)
 
-    def _whole(self, q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
-        """Some keys at a time: where a greater score turns up, the sums over keys before it are scaled down."""
-        if self._last is not None:
-            q = mx.depends([q], [self._last])[0]
-        batch, groups, each, length, size = q.shape
-        keys = k.shape[2]
-        columns = q.reshape(batch, groups, each * length, size).swapaxes(-1, -2)
-        before: tuple[mx.array, mx.array, mx.array] | None = None
-        for at, end in itertools.pairwise([0, *_even(keys, KEYS), keys]):
-            # a row for each key: the greatest of a column is found five times as fast as that of a row
-            scores = k[:, :, at:end] @ columns
-            seen = _seen(mask, at, end, keys, length)
-            if seen is not None:
-                scores = _masked(mx.unflatten(scores, -1, (each, length)), seen).flatten(-2)
-            top = mx.max(scores, axis=-2, keepdims=True)
-            if before is not None:
-                top = mx.maximum(top, before[0])
-            weights = exp2_below(scores, top)
-            sums = mx.sum(weights, axis=-2, keepdims=True)
-            mixed = v[:, :, at:end].swapaxes(-1, -2) @ weights
-            if before is not None:
-                best, total, out = before
-                fade = exp2_below(best, top)
-                sums, mixed = sums + total * fade, mixed + out * fade
-            before = top, sums, mixed
-            columns = mx.depends([columns], [mixed])[0]
-        self._last = (mixed / sums).swapaxes(-1, -2).reshape(batch, groups, each, length, -1)
-        return self._last
+
+def _scores(q: mx.array, k: mx.array) -> int:
+    """How many are in memory at once if ``q`` is not cut."""
+    return q.size // q.shape[-1] * min(k.shape[2], KEYS)
+
+
+def _single(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+    """One query of each head: MLX's products of one row are the fastest."""
+    scores = q @ k[:, :, None].swapaxes(-1, -2)
+    if isinstance(mask, mx.array):
+        scores = _masked(scores, mask)
+    weights = exp2_below(scores, mx.max(scores, axis=-1, keepdims=True))
+    return (weights @ v[:, :, None]) / mx.sum(weights, axis=-1, keepdims=True)
+
+
+def _whole(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+    """Some keys at a time: where a greater score turns up, the sums over keys before it are scaled down."""
+    batch, groups, each, length, size = q.shape
+    keys = k.shape[2]
+    columns = q.reshape(batch, groups, each * length, size).swapaxes(-1, -2)
+    before: tuple[mx.array, mx.array, mx.array] | None = None
+    for at, end in itertools.pairwise([0, *evenly(keys, -(-keys // KEYS)), keys]):
+        # a row for each key: the greatest of a column is found five times as fast as that of a row
+        scores = k[:, :, at:end] @ columns
+        seen = _seen(mask, at, end, keys, length)
+        if seen is not None:
+            scores = _masked(mx.unflatten(scores, -1, (each, length)), seen).flatten(-2)
+        top = mx.max(scores, axis=-2, keepdims=True)
+        if before is not None:
+            top = mx.maximum(top, before[0])
+        weights = exp2_below(scores, top)
+        sums = mx.sum(weights, axis=-2, keepdims=True)
+        mixed = v[:, :, at:end].swapaxes(-1, -2) @ weights
+        if before is not None:
+            best, total, out = before
+            fade = exp2_below(best, top)
+            sums, mixed = sums + total * fade, mixed + out * fade
+        before = top, sums, mixed
+        columns = mx.depends([columns], [mixed])[0]
+    return (mixed / sums).swapaxes(-1, -2).reshape(batch, groups, each, length, -1)
 
 
 def _cut(x: mx.array, axis: int, at: int, end: int) -> mx.array:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from qwenvl_mlx.layers.cores import Turns, cores, evenly
+
 # Arrays of a linear layer whose first axis is the output: a change to that axis touches all of them alike.
 ROWS = ("weight", "scales", "biases", "bias")
 # Rows of a product that a CPU computes sooner with the weights in front: by a quarter at 64, by nothing from 200 on.
 WEIGHTS_FIRST = range(16, 129)
+CUT = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)  # that add nothing over machines
+LARGE = 1 << 20  # multiplications of a product that are worth a second core: a tenth of a millisecond
 
 
 def join(first: nn.Module, *others: nn.Module) -> nn.Module:
@@ -57,7 +63,7 @@ def apply(layer: nn.Module, x: mx.array) -> mx.array:
     products have the type of the scales where that is wider: exact scales of AWQ are float32 in a float16 model.
     """
     flat = x if x.ndim < 3 or len(x) == 1 else x.flatten(0, 1)
-    out = _columns(layer, flat) if _few_rows(layer, flat) else layer(flat)
+    out = by_outputs(lambda part, _: _product(part, flat), layer, flat)
     if "scales" in layer and out.dtype != x.dtype:
         out = out.astype(x.dtype)
     return out if flat is x else mx.unflatten(out, 0, x.shape[:2])
@@ -68,9 +74,34 @@ def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
     if not isinstance(layer, nn.Linear) or "bias" in layer or _few_rows(layer, x):
         return residual + apply(layer, x)
     if x.ndim < 3 or len(x) == 1:
-        return mx.addmm(residual, x, layer.weight.T)
+        return by_outputs(lambda part, some: mx.addmm(residual[..., some], x, part.weight.T), layer, x)
     added = mx.addmm(residual.flatten(0, 1), x.flatten(0, 1), layer.weight.T)
     return mx.unflatten(added, 0, x.shape[:2])
+
+
+def by_outputs(function: Callable[[nn.Module, slice], mx.array], layer: nn.Module, x: mx.array) -> mx.array:
+    """``function(layer, all outputs)``, a product with ``x``; on a CPU some outputs on each core where it is large."""
+    outputs, count = len(layer.weight), cores()
+    if count == 1 or type(layer) not in CUT or outputs * x.size < LARGE:
+        return function(layer, slice(None))
+    turns = Turns()
+    some = [slice(*ends) for ends in itertools.pairwise([0, *evenly(outputs, count), outputs])]
+    return mx.concatenate(
+        [turns(lambda _, rows=rows: function(_part(layer, rows), rows), x) for rows in some], axis=-1
+    )
+
+
+def _part(layer: nn.Module, rows: slice) -> nn.Module:
+    """A layer that gives some of the outputs."""
+    part = copy.copy(layer)
+    for name in ROWS:
+        if name in layer:
+            part[name] = layer[name][rows]
+    return part
+
+
+def _product(layer: nn.Module, x: mx.array) -> mx.array:
+    return _columns(layer, x) if _few_rows(layer, x) else layer(x)
 
 
 def _few_rows(layer: nn.Module, x: mx.array) -> bool:

@@ -10,12 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.errors import MediaError
+from qwenvl_mlx.layers.cores import by_rows
 from qwenvl_mlx.layers.exponential import exp_pays, swish
-from qwenvl_mlx.layers.fused import attend, by_rows
+from qwenvl_mlx.layers.fused import attend
 from qwenvl_mlx.layers.grid import Segments
+from qwenvl_mlx.layers.linear import apply
 from qwenvl_mlx.layers.rotary import Angles
 from qwenvl_mlx.layers.stages import Stages, finish
 from qwenvl_mlx.media import Features, Media
+
+ROWS = 256  # of a feed-forward layer at once: they stay in the processor's cache, and its inner width fits any memory
 
 Activation = Callable[[mx.array], mx.array]
 
@@ -100,7 +104,7 @@ class VisionAttention(nn.Module):
 
     def __call__(self, x: mx.array, angles: Angles, segments: Segments) -> mx.array:
         """``[patches, width]`` -> the same. ``angles``: of the segments' slots."""
-        qkv = self.qkv(x)
+        qkv = apply(self.qkv, x)
         if segments.index is not None:
             qkv = qkv[segments.index]
         qk, v = mx.split(qkv.reshape(len(qkv), 3 * self.heads, -1), [2 * self.heads], axis=1)
@@ -110,7 +114,7 @@ class VisionAttention(nn.Module):
         v = mx.unflatten(v, 0, rows).transpose(0, 2, 1, 3)  # [segments, heads, length, size]
         out = attend(q, k, v, scale=self.scale, mask=segments.valid)
         out = out.transpose(0, 2, 1, 3).reshape(-1, x.shape[-1])
-        return self.proj(out if segments.back is None else out[segments.back])
+        return apply(self.proj, out if segments.back is None else out[segments.back])
 
 
 class VisionBlock(nn.Module):
@@ -123,7 +127,7 @@ class VisionBlock(nn.Module):
 
     def __call__(self, x: mx.array, angles: Angles, segments: Segments) -> mx.array:
         x = x + self.attn(self.norm1(x), angles, segments)
-        return by_rows(lambda rows: rows + self.mlp(self.norm2(rows)), x)
+        return by_rows(lambda rows: rows + self.mlp(self.norm2(rows)), x, most=ROWS)
 
 
 class StagedTower(nn.Module):

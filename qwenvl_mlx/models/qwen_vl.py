@@ -16,6 +16,7 @@ import numpy as np
 from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, FixedKV, kv
+from qwenvl_mlx.layers.cores import by_rows
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
 from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
@@ -153,9 +154,9 @@ class MLP(nn.Module):
 
     def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
         if "gate_up" in self:
-            gate, up = mx.split(self.gate_up(x), 2, axis=-1)
+            gate, up = mx.split(apply(self.gate_up, x), 2, axis=-1)
         else:
-            gate, up = self.w2(x), self.w1(x)
+            gate, up = apply(self.w2, x), apply(self.w1, x)
         return add_linear(residual, self.c_proj, gated(gate, up))
 
 
@@ -166,13 +167,23 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        self._summed = False
 
     def __call__(
         self, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any, last_only: bool
     ) -> mx.array:
         """``last_only``: of the last token alone."""
         x = self.attn(x, self.ln_1(x), positions, mask, layer, last_only)
+        if x.ndim < 3 or self._summed:
+            return self._feed(x)
+        return mx.unflatten(by_rows(self._feed, x.flatten(0, 1)), 0, x.shape[:2])
+
+    def _feed(self, x: mx.array) -> mx.array:
         return self.mlp(x, self.ln_2(x))
+
+    def shard(self, group: Group) -> None:
+        """Nothing side by side: the sums over machines have one order on all of them."""
+        self._summed = True
 
 
 class Decoder(nn.Module):
@@ -327,7 +338,7 @@ class Model(VisionLanguageModel):
         most = layers[0].capacity if isinstance(layers[0], FixedKV) else None
         positions = self.config.rotary.at(offset, hidden.shape[1], alphas, hidden.dtype, most=most)
         hidden = self.language_model.model(hidden, positions, layers, last_only)
-        return self.language_model.lm_head(self.language_model.model.ln_f(hidden))
+        return apply(self.language_model.lm_head, self.language_model.model.ln_f(hidden))
 
     def make_cache(self) -> Cache:
         return Cache([kv.KVCache() for _ in range(self.config.num_hidden_layers)])

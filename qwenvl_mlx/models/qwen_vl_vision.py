@@ -12,10 +12,12 @@ import mlx.nn as nn
 
 from qwenvl_mlx.config import from_dict
 from qwenvl_mlx.errors import ConfigError
-from qwenvl_mlx.layers.fused import attend, by_rows
-from qwenvl_mlx.layers.linear import pad_heads
+from qwenvl_mlx.layers.cores import by_rows
+from qwenvl_mlx.layers.fused import attend
+from qwenvl_mlx.layers.linear import apply, pad_heads
 from qwenvl_mlx.layers.positions import resample_table
 from qwenvl_mlx.layers.stages import Stages, finish
+from qwenvl_mlx.layers.vision import ROWS
 
 EPS = 1e-6
 TABLE_ROWS = 256  # the stored position table is a 16x16 grid, whatever the picture's size
@@ -102,11 +104,11 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         patches, width = x.shape
-        projected = self.in_proj(x).reshape(1, patches, self._heads, 3, -1).transpose(3, 0, 2, 1, 4)
+        projected = apply(self.in_proj, x).reshape(1, patches, self._heads, 3, -1).transpose(3, 0, 2, 1, 4)
         query, key, value = projected  # each [1, heads, patches, padded size]
         x = attend(query, key, value, scale=self._size**-0.5)
         x = x[..., : self._size].transpose(0, 2, 1, 3).reshape(patches, width)
-        return self.out_proj(x)
+        return apply(self.out_proj, x)
 
 
 class MLP(nn.Module):
@@ -129,7 +131,7 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.attn(self.ln_1(x))
-        return by_rows(lambda rows: rows + self.mlp(self.ln_2(rows)), x)
+        return by_rows(lambda rows: rows + self.mlp(self.ln_2(rows)), x, most=ROWS)
 
 
 class Transformer(nn.Module):
@@ -152,10 +154,10 @@ class PoolAttention(nn.Module):
     def __call__(self, query: mx.array, key: mx.array, value: mx.array) -> mx.array:
         heads = [
             x.reshape(1, len(x), self._heads, -1).transpose(0, 2, 1, 3)
-            for x in (query, self.k_proj(key), self.v_proj(value))
+            for x in (query, apply(self.k_proj, key), apply(self.v_proj, value))
         ]
         x = attend(*heads, scale=heads[0].shape[-1] ** -0.5)
-        return self.out_proj(x.transpose(0, 2, 1, 3).reshape(query.shape))
+        return apply(self.out_proj, x.transpose(0, 2, 1, 3).reshape(query.shape))
 
 
 class Resampler(nn.Module):
@@ -179,7 +181,7 @@ class Resampler(nn.Module):
         mx.eval(self._key_positions, self._query)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.ln_kv(self.kv_proj(x) if "kv_proj" in self else x)  # [patches, output_dim]
+        x = self.ln_kv(apply(self.kv_proj, x) if "kv_proj" in self else x)  # [patches, output_dim]
         return self.attn(self._query.astype(x.dtype), x + self._key_positions.astype(x.dtype), x)
 
 
@@ -211,7 +213,7 @@ class VisionTower(nn.Module):
             x = block(x)
             yield x
         x = self.ln_post(self.attn_pool(x))
-        return self.proj(x)
+        return apply(self.proj, x)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         return finish(self.stages(pixels))

@@ -1,0 +1,289 @@
+"""Work dealt out over a processor's cores gives what one core gives, in every generation."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers import reference
+from qwen_vl_cases import goldens, load
+from qwen_vl_cases import prompt as original_prompt
+from test_later_models import build, close, mixed
+
+from benchmarks.parity_table import GENERATIONS
+from qwenvl_mlx.engine.step import CompiledStep, Decoding
+from qwenvl_mlx.layers import cores, fused, linear
+from qwenvl_mlx.layers.cores import Turns, by_rows
+from qwenvl_mlx.media import Prompt
+from qwenvl_mlx.models.base import VisionLanguageModel
+from qwenvl_mlx.models.qwen_vl import Model
+
+Take = Callable[[int], None]
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[Take]:
+    """Let so many cores be free. Nothing is too small for them."""
+
+    def free(count: int) -> None:
+        monkeypatch.setattr(cores, "_free", lambda: count)
+        cores._streams.cache_clear()
+
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    for module, least in ((cores, "ENOUGH"), (linear, "LARGE"), (fused, "LEAST")):
+        monkeypatch.setattr(module, least, 1)
+    free(3)
+    yield free
+    cores._streams.cache_clear()
+    mx.set_default_device(device)
+
+
+def here() -> mx.Stream:
+    return mx.default_stream(mx.default_device())
+
+
+def test_parts_run_on_streams_in_turn(take: Take) -> None:
+    before, seen = here(), []
+
+    def part(x: mx.array, more: mx.array) -> mx.array:
+        seen.append(here())
+        assert cores.cores() == 1  # a part is not cut again
+        return x + more
+
+    turns = Turns()
+    parts = [turns(part, mx.array([index]), mx.array([10])) for index in range(5)]
+    assert mx.concatenate(parts).tolist() == [10, 11, 12, 13, 14]
+    assert seen[0] == seen[3] == before != seen[1] == seen[4] != seen[2] != before
+    assert here() == before
+    assert cores.cores() == 3
+
+
+def test_a_failing_part_leaves_nothing_behind(take: Take) -> None:
+    def fail(_: mx.array) -> mx.array:
+        raise ValueError("no")
+
+    before, turns = here(), Turns()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            turns(fail, mx.zeros(1))
+    assert (here(), cores.cores()) == (before, 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "free", "most", "parts"),
+    [
+        (30, 1, None, [30]),
+        (30, 1, 7, [6] * 5),
+        (30, 3, None, [10] * 3),
+        (30, 3, 7, [5] * 6),
+        (2, 3, None, [2]),
+    ],
+)
+def test_rows_in_parts_give_what_all_rows_give(
+    count: int, free: int, most: int | None, parts: list[int], take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(free)
+    x, seen = mx.random.normal((count, 4)), []
+
+    def total(rows: mx.array, others: mx.array) -> mx.array:
+        seen.append(len(rows))
+        return rows + others
+
+    assert mx.array_equal(by_rows(total, x, x, most=most), x * 2)
+    assert seen == parts
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    by_rows(total, x, x, most=most)
+    assert seen[len(parts) :] == [count]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "told", "free"),
+    [
+        ({0}, {}, 1),
+        ({0, 1}, {}, 2),
+        ({0, 1}, {"BLIS_NUM_THREADS": "2"}, 1),
+        ({0, 1}, {"BLIS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2"}, 2),  # the first is BLIS's own
+        ({0, 1, 2, 3}, {"OMP_NUM_THREADS": "2"}, 2),
+        ({0, 1}, {"OPENBLAS_NUM_THREADS": "8"}, 1),
+        ({0, 1}, {"OMP_NUM_THREADS": "2,1"}, 2),
+        (set(range(64)), {}, cores.MOST),
+        (None, {}, 1),  # macOS
+    ],
+)
+def test_cores_that_products_leave_idle(
+    allowed: set[int] | None, told: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cores.BLAS_THREADS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    if allowed is None:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed, raising=False)
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    cores._streams.cache_clear()
+    try:
+        assert cores.cores() == max(free, 1)
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        assert cores.cores() == 1
+    finally:
+        cores._streams.cache_clear()
+        mx.set_default_device(device)
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased", "quantised", "table", "quantised table"])
+def test_outputs_in_parts_are_the_outputs(kind: str, take: Take) -> None:
+    mx.random.seed(0)
+    layer: Any = nn.Embedding(96, 64) if "table" in kind else nn.Linear(64, 96, bias=kind == "biased")
+    layer = layer.to_quantized(group_size=32, bits=4) if "quantised" in kind else layer
+    x, residual = mx.random.normal((1, 5, 64)), mx.random.normal((1, 5, 96))
+    seen = set()
+
+    def product(part: nn.Module, some: slice) -> mx.array:
+        seen.add((here(), len(part.weight)))
+        out: mx.array = part.as_linear(x) if "table" in kind else part(x)
+        return out + residual[..., some]
+
+    wanted = (layer.as_linear(x) if "table" in kind else layer(x)) + residual
+    np.testing.assert_allclose(linear.by_outputs(product, layer, x), wanted, atol=1e-5)
+    assert len(seen) == 3
+    assert {outputs for _, outputs in seen} == {32}
+    assert len(layer.weight) == 96
+    if "table" not in kind:
+        np.testing.assert_allclose(linear.add_linear(residual, layer, x), wanted, atol=1e-5)
+
+
+def test_small_products_are_left_whole(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LARGE", 2 * 64 * 96)
+    layer, seen = nn.Linear(64, 96), []
+
+    def note(part: nn.Module, some: slice) -> mx.array:
+        seen.append(part)
+        return mx.zeros(1)
+
+    linear.by_outputs(note, layer, mx.zeros((1, 64)))
+    assert seen == [layer]
+    linear.by_outputs(note, layer, mx.zeros((2, 64)))
+    assert len(seen) == 4
+
+
+def test_few_parts_are_in_memory_at_once(take: Take) -> None:
+    def deep(rows: mx.array) -> mx.array:
+        inner = rows @ wide
+        for _ in range(20):  # more than MLX begins at once
+            inner = mx.abs(inner)
+        return inner @ wide.T
+
+    take(2)
+    x, wide = mx.random.normal((64, 16)), mx.random.normal((16, 20_000))
+    mx.eval(x, wide)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(by_rows(deep, x, most=4))
+    assert mx.get_peak_memory() - before < 64 * 20_000 * 4 / 2
+
+
+@pytest.mark.parametrize("queries", [1, 50])
+def test_heads_are_dealt_out(queries: int, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as there are, and those of one query without a copy of all keys."""
+    monkeypatch.setattr(fused, "exps_pay", lambda *_: True)  # as on the processors that need it
+    if queries == 1:
+        monkeypatch.delattr(mx, "contiguous")
+    q, k = mx.random.normal((1, 6, queries, 32)), mx.random.normal((1, 3, 50, 32))
+    seen = set()
+    whole = mx.fast.scaled_dot_product_attention(q, k, k, scale=0.2, mask=None)
+    on = cores._on
+    monkeypatch.setattr(cores, "_on", lambda core: (seen.add(core), on(core))[1])
+    assert mx.abs(fused.attend(q, k, k, scale=0.2) - whole).max() < 1e-5
+    assert seen == {0, 1, 2}
+
+
+class Sum(nn.Linear):
+    """A layer that does more than its weights say."""
+
+
+def test_other_layers_are_left_whole(take: Take) -> None:
+    seen = []
+
+    def note(part: nn.Module, some: slice) -> mx.array:
+        seen.append((part, some))
+        return mx.zeros(1)
+
+    layer = Sum(4, 4)
+    linear.by_outputs(note, layer, mx.zeros((1, 4)))
+    assert seen == [(layer, slice(None))]
+
+
+@pytest.mark.parametrize("generation", [*GENERATIONS, "qwen_vl"])
+def test_models_compute_the_same_on_several_cores(
+    generation: str, take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: VisionLanguageModel
+    if generation == "qwen_vl":
+        model = load("tiny_chat")
+        asked = original_prompt(model, goldens("tiny_chat")["img2"]["ids"][0])
+    else:
+        model = build(generation)
+        asked = mixed(model, generation)
+    used: list[set[int]] = []
+    on = cores._on
+    monkeypatch.setattr(cores, "_on", lambda core: (used[-1].add(core), on(core))[1])
+    found = []
+    for count in (1, 3):
+        take(count)
+        used.append(set())
+        found.append(run(model, asked))
+    assert used == [set(), {0, 1, 2}] or used == [{0}, {0, 1, 2}]  # parts for the memory's sake
+    for alone, several in zip(*found, strict=True):
+        assert close(alone, several)
+
+
+def run(model: VisionLanguageModel, asked: Prompt) -> list[mx.array]:
+    """A picture's features, a prompt's logits, those of tokens after it: compiled, and two at once."""
+    features = model.encode(asked.media)
+    embedded, cache = model.embed(asked.input_ids, features, asked.media), model.make_cache()
+    first = model(embedded, cache, last_only=True)
+    mx.eval(cache.arrays)
+    decoding = Decoding(CompiledStep(model), cache)
+    steps = [decoding(mx.array([[token]])) for token in (3, 4)]
+    mx.eval(steps)
+    more = model.decode(mx.array([[5, 6]]), decoding.cache())
+    return [*(item.embeddings for item in features), first, *steps, more]
+
+
+def test_another_thread_has_streams_of_its_own(take: Take) -> None:
+    x, found = mx.random.normal((30, 4)), []
+    thread = threading.Thread(target=lambda: found.append(np.array(by_rows(lambda rows: rows * 2, x))))
+    mx.eval(x, by_rows(lambda rows: rows * 2, x))
+    thread.start()
+    thread.join(timeout=60)
+    np.testing.assert_array_equal(found[0], np.array(x) * 2)
+
+
+@pytest.mark.parametrize("generation", [*GENERATIONS, "qwen_vl"])
+def test_sums_over_machines_keep_their_order(
+    generation: str, take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every machine adds in the order of its graph, so layers that add are never side by side."""
+    config = json.loads(reference("qwen_vl/ckpt/tiny_chat/safetensors_fp32/config.json").read_text())
+    model: Any = Model(config) if generation == "qwen_vl" else build(generation, prepared=False)
+    model.shard(mx.distributed.init())
+    model.prepare()
+    seen = []
+    for module in model.modules():
+        if type(module).__name__.endswith("ShardedToAllLinear"):
+            monkeypatch.setattr(
+                type(module), "__call__", lambda self, x: (seen.append(cores.cores()), x @ self.weight.T)[1]
+            )
+    mx.eval(model.logits(Prompt(list(range(40)))))
+    assert set(seen) == {3}  # free ones: none is within a part
