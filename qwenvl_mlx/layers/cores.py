@@ -44,7 +44,8 @@ class Turns:
         core = next(self._turn)
         last = self._last[core]
         with _on(core):
-            result = part(x if last is None else mx.depends([x], [last])[0], *others)
+            # depends() runs on the stream that made its first input: here this core's
+            result = part(x if last is None else mx.depends([last, x], [last])[1], *others)
         self._last[core] = result
         return result
 
