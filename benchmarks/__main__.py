@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=blas.all_cores(),
         metavar="N",
-        help="processor cores for each program, on Linux (default: all, here %(default)s)",
+        help="processor cores of all that is measured, on Linux (default: all, here %(default)s)",
     )
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="measured rounds (default %(default)s)"
@@ -138,6 +138,11 @@ def _weights(args: argparse.Namespace, scratch: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     blas.load()
+    with blas.only(args.cores):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     wanted = (*ON_WEIGHTS, *OTHERS) if args.what == "all" else (args.what,)
     reports, texts = {}, []
     with tempfile.TemporaryDirectory() as scratch:

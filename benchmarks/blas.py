@@ -39,7 +39,7 @@ def all_cores() -> int:
 
 @contextlib.contextmanager
 def only(cores: int) -> Iterator[None]:
-    """Hold processes that are started meanwhile to so many cores, where the system can (macOS can't)."""
+    """Hold this process, and those that it starts, to so many cores, where the system can (macOS can't)."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

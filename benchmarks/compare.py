@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.blas import environment, only
+from benchmarks.blas import environment
 from benchmarks.cases import CASES, Case
 from benchmarks.device import describe
 from benchmarks.programs import BLIND
@@ -47,14 +47,13 @@ class Worker:
 
     def __init__(self, name: str, folder: Path, options: Sequence[str], python: str, cores: int) -> None:
         self.name = name
-        with only(cores):
-            self.process = subprocess.Popen(
-                [python, "-m", "benchmarks.programs", name, str(folder), *options],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | environment(name, cores),
-            )
+        self.process = subprocess.Popen(
+            [python, "-m", "benchmarks.programs", name, str(folder), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment(name, cores),
+        )
         self.loaded = self._answer()
 
     def run(self, case: Case, logits: Path) -> dict[str, float]:

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 
 def describe() -> dict[str, str]:
@@ -37,7 +36,7 @@ def _chip() -> str:
 
 
 def _best(run: Any, repeats: int = 5) -> float:
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
@@ -47,21 +46,28 @@ def _best(run: Any, repeats: int = 5) -> float:
 
 def bandwidth() -> float:
     """Bytes a second of a matrix-vector product over 256 MB of float32 weights, on all cores: what decoding does."""
-    from qwenvl_mlx.layers.linear import apply
-
-    layer, vector = nn.Linear(8192, 8192, bias=False), mx.random.normal((1, 8192))
-    mx.eval(layer, vector)
-    return float(layer.weight.nbytes / _best(lambda: mx.eval(apply(layer, vector))))
+    weights, vector = mx.random.normal((8192, 8192)), mx.random.normal((1, 8192))
+    return weights.nbytes / _product(vector, weights)
 
 
 def matmul_rate(dtype: mx.Dtype = mx.float32, size: int = 2048) -> float:
     """Floating-point operations a second of a square product, on all cores."""
-    from qwenvl_mlx.layers.linear import apply
+    a, b = (mx.random.normal((size, size)).astype(dtype) for _ in "ab")
+    return 2 * size**3 / _product(a, b)
 
-    layer, rows = nn.Linear(size, size, bias=False), mx.random.normal((size, size)).astype(dtype)
-    layer.set_dtype(dtype)
-    mx.eval(layer, rows)
-    return float(2 * size**3 / _best(lambda: mx.eval(apply(layer, rows))))
+
+def _product(x: mx.array, weights: mx.array) -> float:
+    """Seconds of ``x @ weights.T``, some outputs on each core."""
+    from qwenvl_mlx.layers.cores import Turns, cores, evenly
+
+    parts = mx.split(weights, evenly(len(weights), cores()))
+    mx.eval(x, parts)
+
+    def run() -> None:
+        turns = Turns()
+        mx.eval([turns(lambda x, part=part: x @ part.T, x) for part in parts])
+
+    return _best(run)
 
 
 def reset_peak() -> None:

@@ -5,6 +5,7 @@ A GPU needs none of this. Nor does macOS, whose library of matrix products takes
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
@@ -15,24 +16,47 @@ from functools import cache
 import mlx.core as mx
 
 MOST = 4  # cores; what each computes stands in memory
-ENOUGH = 64  # rows for each core that are worth cutting: half the time of twice as many
+ENOUGH = (
+    64  # rows that are worth a core of their own: of half as many a product takes more than half the time
+)
 
-# How many threads a product takes by itself: the first that is set; BLIS and the one in MLX's wheel else take one.
-BLAS_THREADS = ("BLIS_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+# What libraries of matrix products tell of the threads that they take by themselves; the one in MLX's wheel takes one.
+THREADS = ("bli_thread_get_num_threads", "openblas_get_num_threads")
 
 _within = threading.local()
+_alone = threading.Event()
 
 
 def cores() -> int:
     """Over how many cores work can be dealt out here: 1 on a GPU, and in what is one core's part already."""
-    if mx.default_device() == mx.gpu or getattr(_within, "part", False):
+    if mx.default_device() == mx.gpu or _alone.is_set() or getattr(_within, "part", False):
         return 1
     return 1 + len(_streams())
 
 
+def stay_alone() -> None:
+    """Deal out nothing more in this process: where machines share a model, their sums need one order on all of them."""
+    _alone.set()
+
+
+@contextmanager
+def on(core: int) -> Iterator[None]:
+    """What is computed within is one core's part: 0 is the core that computes everything else too."""
+    before = getattr(_within, "part", False)
+    _within.part = True
+    try:
+        if core:
+            with mx.stream(_streams()[core - 1]):
+                yield
+        else:
+            yield
+    finally:
+        _within.part = before
+
+
 class Turns:
-    """Parts of one thing, dealt out over the cores. A core begins with none before it has ended the last, so that few
-    are in memory at once.
+    """Parts of one thing, dealt out over the cores. A core begins one when it has ended its last, so that few are in
+    memory at once. Whoever takes the parts joins them: no array of another core's stream may be kept.
     """
 
     def __init__(self) -> None:
@@ -43,7 +67,7 @@ class Turns:
         """``part(x, *others)`` on the next core."""
         core = next(self._turn)
         last = self._last[core]
-        with _on(core):
+        with on(core):
             # depends() runs on the stream that made its first input: here this core's
             result = part(x if last is None else mx.depends([last, x], [last])[1], *others)
         self._last[core] = result
@@ -68,20 +92,6 @@ def evenly(count: int, parts: int) -> list[int]:
     return [count * part // parts for part in range(1, parts)]
 
 
-@contextmanager
-def _on(core: int) -> Iterator[None]:
-    before = getattr(_within, "part", False)
-    _within.part = True
-    try:
-        if core:
-            with mx.stream(_streams()[core - 1]):
-                yield
-        else:
-            yield
-    finally:
-        _within.part = before
-
-
 @cache
 def _streams() -> tuple[mx.ThreadLocalStream, ...]:
     """One for each core but the first, which has the stream that is used anyway."""
@@ -92,5 +102,6 @@ def _free() -> int:
     """Cores that this process may take, and that products leave idle."""
     if not hasattr(os, "sched_getaffinity"):  # macOS
         return 1
-    told = next((os.environ[name] for name in BLAS_THREADS if os.environ.get(name, "").isdigit()), "1")
-    return min(len(os.sched_getaffinity(0)) // max(int(told), 1), MOST)
+    library = ctypes.CDLL(None)
+    taken = [int(getattr(library, name)()) for name in THREADS if hasattr(library, name)]
+    return min(len(os.sched_getaffinity(0)) // max([1, *taken]), MOST)

@@ -18,7 +18,6 @@ from qwenvl_mlx.layers.linear import add_linear, apply, by_outputs
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles
-from qwenvl_mlx.layers.shard import Group
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,13 @@ class DecoderLayer(nn.Module):
         self[name] = mixer
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
-        self._summed = False
 
     def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
         mixer = self[self.mixer]
         mixed = mixer(self.input_layernorm(x), shared, cache)
         if shared.last_only:
             x, mixed = x[:, -1:], mixed[:, -1:]
-        if x.ndim < 3 or self._summed:
+        if x.ndim < 3:
             return self._rest(x, mixed)
         return mx.unflatten(by_rows(self._rest, x.flatten(0, 1), mixed.flatten(0, 1)), 0, x.shape[:2])
 
@@ -78,10 +76,6 @@ class DecoderLayer(nn.Module):
         """What is done with each token for itself."""
         x = add_linear(x, self[self.mixer].output, mixed)
         return add_mlp(x, self.mlp, self.post_attention_layernorm(x))
-
-    def shard(self, group: Group) -> None:
-        """Nothing side by side: the sums over machines have one order on all of them."""
-        self._summed = True
 
 
 def add_mlp(residual: mx.array, mlp: nn.Module, x: mx.array) -> mx.array:

@@ -102,7 +102,7 @@ class _Pieces:
 
 
 def _scores(q: mx.array, k: mx.array) -> int:
-    """How many are in memory at once if ``q`` is not cut."""
+    """How many are in memory at once if no query is cut off."""
     return q.size // q.shape[-1] * min(k.shape[2], KEYS)
 
 

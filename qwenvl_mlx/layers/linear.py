@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwenvl_mlx.layers.cores import Turns, cores, evenly
+from qwenvl_mlx.layers.cores import cores, evenly, on
 
 # Arrays of a linear layer whose first axis is the output: a change to that axis touches all of them alike.
 ROWS = ("weight", "scales", "biases", "bias")
@@ -84,11 +84,11 @@ def by_outputs(function: Callable[[nn.Module, slice], mx.array], layer: nn.Modul
     outputs, count = len(layer.weight), cores()
     if count == 1 or type(layer) not in CUT or outputs * x.size < LARGE:
         return function(layer, slice(None))
-    turns = Turns()
-    some = [slice(*ends) for ends in itertools.pairwise([0, *evenly(outputs, count), outputs])]
-    return mx.concatenate(
-        [turns(lambda _, rows=rows: function(_part(layer, rows), rows), x) for rows in some], axis=-1
-    )
+    parts = []
+    for core, ends in enumerate(itertools.pairwise([0, *evenly(outputs, count), outputs])):
+        with on(core):
+            parts.append(function(_part(layer, slice(*ends)), slice(*ends)))
+    return mx.concatenate(parts, axis=-1)
 
 
 def _part(layer: nn.Module, rows: slice) -> nn.Module:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qwenvl_mlx.errors import PromptError
 from qwenvl_mlx.layers.cache import Cache
+from qwenvl_mlx.layers.cores import stay_alone
 from qwenvl_mlx.layers.shard import Group
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
@@ -49,6 +50,7 @@ class VisionLanguageModel(nn.Module, ABC):
     def shard(self, group: Group) -> None:
         """Called once before ``prepare``, to keep only this machine's part of the decoder's layers."""
         self.sharded = True
+        stay_alone()
         for module in self.modules():
             if module is not self and hasattr(module, "shard"):
                 module.shard(group)

@@ -167,23 +167,18 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self._summed = False
 
     def __call__(
         self, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any, last_only: bool
     ) -> mx.array:
         """``last_only``: of the last token alone."""
         x = self.attn(x, self.ln_1(x), positions, mask, layer, last_only)
-        if x.ndim < 3 or self._summed:
+        if x.ndim < 3:
             return self._feed(x)
         return mx.unflatten(by_rows(self._feed, x.flatten(0, 1)), 0, x.shape[:2])
 
     def _feed(self, x: mx.array) -> mx.array:
         return self.mlp(x, self.ln_2(x))
-
-    def shard(self, group: Group) -> None:
-        """Nothing side by side: the sums over machines have one order on all of them."""
-        self._summed = True
 
 
 class Decoder(nn.Module):
