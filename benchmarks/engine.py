@@ -246,10 +246,11 @@ class _Slices:
             begin = time.perf_counter()
             read()
             mx.synchronize()
-            if loop._prefill is not None or began:
+            reading = bool(loop._reading)
+            if reading or began:
                 self.longest = max(self.longest, time.perf_counter() - begin)
-                self.idle = began and loop._prefill is None
-                began = loop._prefill is not None or self.idle
+                self.idle = began and not reading
+                began = True
 
         loop._read = timed  # type: ignore[method-assign]
 

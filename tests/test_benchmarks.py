@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from benchmarks import blas, growth
+from benchmarks import blas, engine, growth
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, inputs
 from benchmarks.compare import PARTS, Result, available, table
@@ -240,3 +240,15 @@ def test_every_program_has_the_same_cores(monkeypatch: pytest.MonkeyPatch) -> No
         assert subprocess.run(count, check=True, capture_output=True, text=True).stdout.strip() == "1"
     assert os.sched_getaffinity(0) == before
     assert blas.all_cores() == len(before)
+
+
+def test_the_engine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that needs no large model; ``gap`` ends, and has seen slices."""
+    monkeypatch.setattr(engine, "ANSWER", 8)
+    config = shape("qwen2.5-vl-250m")
+    vision = {**config["vision_config"], **engine.SMALL_VISION, "fullatt_block_indexes": [3]}
+    bench = engine.Bench({**config, **engine.SMALL, "vision_config": vision})
+    second, batch, gaps = bench.second(), bench.batch(), bench.gap()
+    assert second["cached_tokens"] > 1700
+    assert batch["identical"]
+    assert all(0 < gap["slice_s"] <= gap["gap_s"] for gap in gaps.values())
