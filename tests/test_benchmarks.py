@@ -251,4 +251,4 @@ def test_the_engine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     second, batch, gaps = bench.second(), bench.batch(), bench.gap()
     assert second["cached_tokens"] > 1700
     assert batch["identical"]
-    assert all(0 < gap["slice_s"] <= gap["gap_s"] for gap in gaps.values())
+    assert all(0.5 < gap["gap_s"] / gap["slice_s"] < 5 for gap in gaps.values())
