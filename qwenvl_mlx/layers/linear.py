@@ -63,7 +63,10 @@ def apply(layer: nn.Module, x: mx.array) -> mx.array:
     products have the type of the scales where that is wider: exact scales of AWQ are float32 in a float16 model.
     """
     flat = x if x.ndim < 3 or len(x) == 1 else x.flatten(0, 1)
-    out = by_outputs(lambda part, _: _product(part, flat), layer, flat)
+    if cores() > 1:
+        out = by_outputs(lambda part, _: _product(part, flat), layer, flat)
+    else:  # on a GPU the host's time for a token counts
+        out = _product(layer, flat)
     if "scales" in layer and out.dtype != x.dtype:
         out = out.astype(x.dtype)
     return out if flat is x else mx.unflatten(out, 0, x.shape[:2])
@@ -74,7 +77,9 @@ def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
     if not isinstance(layer, nn.Linear) or "bias" in layer or _few_rows(layer, x):
         return residual + apply(layer, x)
     if x.ndim < 3 or len(x) == 1:
-        return by_outputs(lambda part, some: mx.addmm(residual[..., some], x, part.weight.T), layer, x)
+        if cores() > 1:
+            return by_outputs(lambda part, some: mx.addmm(residual[..., some], x, part.weight.T), layer, x)
+        return mx.addmm(residual, x, layer.weight.T)
     added = mx.addmm(residual.flatten(0, 1), x.flatten(0, 1), layer.weight.T)
     return mx.unflatten(added, 0, x.shape[:2])
 
