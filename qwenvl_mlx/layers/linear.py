@@ -63,10 +63,9 @@ def apply(layer: nn.Module, x: mx.array) -> mx.array:
     products have the type of the scales where that is wider: exact scales of AWQ are float32 in a float16 model.
     """
     flat = x if x.ndim < 3 or len(x) == 1 else x.flatten(0, 1)
-    if cores() > 1:
-        out = by_outputs(lambda part, _: _product(part, flat), layer, flat)
-    else:  # on a GPU the host's time for a token counts
-        out = _product(layer, flat)
+    # on a GPU the host's time for a token counts: no closure there
+    several = cores() > 1
+    out = by_outputs(lambda part, _: _product(part, flat), layer, flat) if several else _product(layer, flat)
     if "scales" in layer and out.dtype != x.dtype:
         out = out.astype(x.dtype)
     return out if flat is x else mx.unflatten(out, 0, x.shape[:2])
