@@ -16,9 +16,8 @@ from functools import cache
 import mlx.core as mx
 
 MOST = 4  # cores; what each computes stands in memory
-ENOUGH = (
-    64  # rows that are worth a core of their own: of half as many a product takes more than half the time
-)
+# Rows that are worth a core of their own: of half as many a product takes more than half the time.
+ENOUGH = 64
 
 # What libraries of matrix products tell of the threads that they take by themselves; the one in MLX's wheel takes one.
 THREADS = ("bli_thread_get_num_threads", "openblas_get_num_threads")
@@ -85,6 +84,14 @@ def by_rows(function: Callable[..., mx.array], *arrays: mx.array, most: int | No
     turns, cuts = Turns(), evenly(count, parts)
     cut = zip(*(mx.split(array, cuts) for array in arrays), strict=True)
     return mx.concatenate([turns(function, *rows) for rows in cut])
+
+
+def by_tokens(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+    """``by_rows`` of tokens ``[B, L, d]``; single ones ``[B, d]`` are few: all at once."""
+    if arrays[0].ndim < 3:
+        return function(*arrays)
+    rows = by_rows(function, *(array.flatten(0, 1) for array in arrays))
+    return mx.unflatten(rows, 0, arrays[0].shape[:2])
 
 
 def evenly(count: int, parts: int) -> list[int]:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from qwenvl_mlx.config import one_of
 from qwenvl_mlx.layers.attention import Pass
 from qwenvl_mlx.layers.cache import Cache
-from qwenvl_mlx.layers.cores import by_rows
+from qwenvl_mlx.layers.cores import by_tokens
 from qwenvl_mlx.layers.linear import add_linear, apply, by_outputs
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.norm import RMSNorm
@@ -68,9 +68,7 @@ class DecoderLayer(nn.Module):
         mixed = mixer(self.input_layernorm(x), shared, cache)
         if shared.last_only:
             x, mixed = x[:, -1:], mixed[:, -1:]
-        if x.ndim < 3:
-            return self._rest(x, mixed)
-        return mx.unflatten(by_rows(self._rest, x.flatten(0, 1), mixed.flatten(0, 1)), 0, x.shape[:2])
+        return by_tokens(self._rest, x, mixed)
 
     def _rest(self, x: mx.array, mixed: mx.array) -> mx.array:
         """What is done with each token for itself."""

@@ -16,7 +16,7 @@ import numpy as np
 from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
 from qwenvl_mlx.layers.cache import Cache, FixedKV, kv
-from qwenvl_mlx.layers.cores import by_rows
+from qwenvl_mlx.layers.cores import by_tokens
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
 from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
@@ -173,12 +173,7 @@ class Block(nn.Module):
     ) -> mx.array:
         """``last_only``: of the last token alone."""
         x = self.attn(x, self.ln_1(x), positions, mask, layer, last_only)
-        if x.ndim < 3:
-            return self._feed(x)
-        return mx.unflatten(by_rows(self._feed, x.flatten(0, 1)), 0, x.shape[:2])
-
-    def _feed(self, x: mx.array) -> mx.array:
-        return self.mlp(x, self.ln_2(x))
+        return by_tokens(lambda rows: self.mlp(rows, self.ln_2(rows)), x)
 
 
 class Decoder(nn.Module):
