@@ -42,6 +42,9 @@ class _Tap:
         self._seen.append(x)
         return self._inner(x, *args, **options)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
 
 @contextlib.contextmanager
 def tapped(model: VisionLanguageModel) -> Iterator[list[mx.array]]:

@@ -14,14 +14,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import reference
+from mlx.utils import tree_flatten
 from qwen_vl_cases import goldens, load
 from qwen_vl_cases import prompt as original_prompt
 from test_later_models import build, close, mixed
 
 from benchmarks.parity_table import GENERATIONS
 from qwenvl_mlx.engine.step import CompiledStep, Decoding
-from qwenvl_mlx.layers import cores, fused, linear
+from qwenvl_mlx.layers import cores, fused, linear, split
 from qwenvl_mlx.layers.cores import Turns, by_rows
+from qwenvl_mlx.layers.decoder import add_mlp
+from qwenvl_mlx.layers.mlp import MLP
+from qwenvl_mlx.layers.split import parts_of
 from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.models.base import VisionLanguageModel
 from qwenvl_mlx.models.qwen_vl import Model
@@ -40,7 +44,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[Take]:
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     monkeypatch.setattr(cores, "_alone", threading.Event())
-    for module, least in ((cores, "ENOUGH"), (linear, "LARGE"), (fused, "LEAST")):
+    for module, least in ((cores, "ENOUGH"), (linear, "LARGE"), (fused, "LEAST"), (split, "WORTH")):
         monkeypatch.setattr(module, least, 1)
     free(3)
     yield free
@@ -179,6 +183,8 @@ def test_small_products_are_left_whole(take: Take, monkeypatch: pytest.MonkeyPat
     assert seen == [layer]
     linear.by_outputs(note, layer, mx.zeros((2, 64)))
     assert len(seen) == 4
+    gate = nn.QuantizedLinear(64, 1, group_size=32)  # MLX would divide by its outputs, which some cores had none of
+    assert linear.apply(gate, mx.ones((200, 64))).shape == (200, 1)
 
 
 def test_few_parts_are_in_memory_at_once(take: Take) -> None:
@@ -228,17 +234,29 @@ def test_other_layers_are_left_whole(take: Take) -> None:
     assert seen == [(layer, slice(None))]
 
 
+def made(generation: str) -> tuple[VisionLanguageModel, Prompt]:
+    """A model for the cores that are free now, and a prompt with a picture."""
+    if generation == "qwen_vl":
+        original = load("tiny_chat")
+        return original, original_prompt(original, goldens("tiny_chat")["img2"]["ids"][0])
+    model = build(generation)
+    return model, mixed(model, generation)
+
+
+def layers(model: VisionLanguageModel) -> list[tuple[Any, Any]]:
+    """Mixer and feed-forward part of each decoder layer."""
+    body = model.language_model.model
+    return (
+        [(one.attn, one.mlp) for one in body.h]
+        if "h" in body
+        else [(one[one.mixer], one.mlp) for one in body.layers]
+    )
+
+
 @pytest.mark.parametrize("generation", [*GENERATIONS, "qwen_vl"])
 def test_models_compute_the_same_on_several_cores(
     generation: str, take: Take, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model: VisionLanguageModel
-    if generation == "qwen_vl":
-        model = load("tiny_chat")
-        asked = original_prompt(model, goldens("tiny_chat")["img2"]["ids"][0])
-    else:
-        model = build(generation)
-        asked = mixed(model, generation)
     used: dict[str, set[str]] = {}
 
     class Watched(Turns):
@@ -253,40 +271,115 @@ def test_models_compute_the_same_on_several_cores(
 
             return super().__call__(noted, *arrays)
 
-    on = linear.on
+    def watched(core: int) -> Any:
+        used.setdefault("parts", set()).add(str(core))
+        return on(core)
+
+    on = split.on
     monkeypatch.setattr(fused, "Turns", lambda: Watched("attention"))
     monkeypatch.setattr(cores, "Turns", lambda: Watched("rows"))
     monkeypatch.setattr(
         linear, "on", lambda core: (used.setdefault("outputs", set()).add(str(core)), on(core))[1]
     )
-    take(1)
-    found = [run(model, asked, used)]
-    used.clear()
-    take(3)
-    found.append(run(model, asked, used))
-    for alone, several in zip(*found, strict=True):
-        assert close(alone, several)
-
-
-def run(model: VisionLanguageModel, asked: Prompt, used: dict[str, set[str]]) -> list[mx.array]:
-    """A picture's features, a prompt's logits, those of tokens after it: compiled, and two at once."""
-
-    def check() -> None:
-        assert {len(streams) for streams in used.values()} == {cores.cores()}
-        assert set(used) == ({"attention"} if cores.cores() == 1 else {"attention", "rows", "outputs"})
+    monkeypatch.setattr(split, "on", watched)
+    found = []
+    for count in (1, 2, 3):  # heads are cut for two at most
+        take(count)
+        model, asked = made(generation)
+        parts = [[len(parts_of(module)) for module in pair] for pair in layers(model)]
+        assert {max(pair) for pair in parts} == {count} if generation == "qwen_vl" else {min(count, 2)}
         used.clear()
+        features = model.encode(asked.media)
+        assert {kind: len(streams) for kind, streams in used.items()} == (
+            {"attention": 1} if count == 1 else {"attention": count, "rows": count, "outputs": count}
+        )
+        used.clear()
+        embedded, cache = model.embed(asked.input_ids, features, asked.media), model.make_cache()
+        assert len(cache) == sum(mixers for mixers, _ in parts)
+        first = model(embedded, cache, last_only=True)
+        assert len(used.get("parts", {0})) == max(map(max, parts))
+        assert len(used.get("outputs", {0})) == count
+        mx.eval(cache.arrays)
+        decoding = Decoding(CompiledStep(model), cache)
+        steps = [decoding(mx.array([[token]])) for token in (3, 4)]
+        mx.eval(steps)
+        more = model.decode(mx.array([[5, 6]]), decoding.cache())
+        found.append([*(item.embeddings for item in features), first, *steps, more])
+    for several in found[1:]:
+        for one, other in zip(found[0], several, strict=True):
+            assert close(one, other)
 
-    features = model.encode(asked.media)
-    check()
-    embedded, cache = model.embed(asked.input_ids, features, asked.media), model.make_cache()
-    first = model(embedded, cache, last_only=True)
-    check()
-    mx.eval(cache.arrays)
-    decoding = Decoding(CompiledStep(model), cache)
-    steps = [decoding(mx.array([[token]])) for token in (3, 4)]
-    mx.eval(steps)
-    more = model.decode(mx.array([[5, 6]]), decoding.cache())
-    return [*(item.embeddings for item in features), first, *steps, more]
+
+@pytest.mark.parametrize("generation", [*GENERATIONS, "qwen_vl"])
+def test_parts_hold_what_the_whole_holds(generation: str, take: Take) -> None:
+    """Nothing twice but what each needs: norms, routers, the gate of a shared expert; keys and values of heads that are
+    fewer than the cores.
+    """
+
+    def large(model: VisionLanguageModel) -> int:
+        arrays = dict(tree_flatten(model.language_model.parameters())).items()
+        return sum(array.size for name, array in arrays if array.ndim > 1 and "gate.weight" not in name)
+
+    sizes = []
+    for count in (1, 2):
+        take(count)
+        model = load("tiny_chat") if generation == "qwen_vl" else build(generation, text={"num_key_value_heads": 2})
+        sizes.append(large(model))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_parts_of_a_layer_add_up_to_it(bits: int | None, take: Take) -> None:
+    mx.random.seed(0)
+    mlp: Any = MLP(64, 192, bias=True)
+    if bits:
+        nn.quantize(mlp, group_size=32, bits=bits)
+    x, residual = mx.random.normal((2, 5, 64)), mx.random.normal((2, 5, 64))
+    whole = residual + mlp(x)
+    cut = split.split(mlp)
+    assert len(parts_of(cut)) == 3
+    for part in cut.modules():
+        if part is not cut and hasattr(part, "prepare"):
+            part.prepare()
+    seen = []
+
+    def update(part: nn.Module, core: int, residual: mx.array | None) -> mx.array:
+        seen.append((core, str(here()), residual is None))
+        return add_mlp(residual, part, x)
+
+    np.testing.assert_allclose(split.add_parts(residual, cut, update), whole, atol=1e-5)
+    assert len({stream for _, stream, _ in seen}) == 3
+    assert [(core, none) for core, _, none in seen] == [(0, False), (1, True), (2, True)]
+    assert split.split(cut) is cut
+    np.testing.assert_allclose(residual + mlp(x), whole, atol=1e-6)  # left as it was
+
+
+class Counting(nn.Linear):
+    """A layer that does more than its weights say."""
+
+
+def test_what_can_not_be_cut_is_left_whole(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd, sealed, fine = MLP(64, 97), MLP(64, 96), MLP(64, 96)
+    sealed.up_proj = Counting(64, 96, bias=False)
+    assert [split.split(one) is one for one in (odd, sealed, nn.Linear(96, 96), fine)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    monkeypatch.setattr(split, "WORTH", 1 << 22)
+    assert split.split(fine) is fine
+    take(1)
+    monkeypatch.setattr(split, "WORTH", 1)
+    assert split.split(fine) is fine
+
+
+def test_groups_of_quantised_weights_are_not_cut_through(take: Take) -> None:
+    """Six groups go over three cores, four over two of them."""
+    for inner, count in ((192, 3), (128, 2), (32, 1)):
+        mlp = MLP(64, inner)
+        nn.quantize(mlp, group_size=32, bits=4)
+        assert len(parts_of(split.split(mlp))) == count
 
 
 def test_another_thread_has_streams_of_its_own(take: Take) -> None:

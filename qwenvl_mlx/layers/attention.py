@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwenvl_mlx.layers.cache import Cache, FixedKV
+from qwenvl_mlx.layers.cache import Cache, FixedKV, kv
 from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import apply, join, join_children, joinable, map_rows, project
 from qwenvl_mlx.layers.mlx_lm import leaf
@@ -84,6 +84,10 @@ class Attention(nn.Module):
     def output(self) -> nn.Module:
         """The last product, which the decoder layer adds to its stream."""
         return self.o_proj
+
+    def new_cache(self) -> Any:
+        """An empty cache for one sequence."""
+        return kv.KVCache()
 
     def shard(self, group: Group) -> None:
         """Keep this machine's heads."""

@@ -5,6 +5,7 @@ The state travels with the sequence, never on the model: two requests can't see 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -147,6 +148,12 @@ class Cache(list[Any]):
         """One row of a batch as a sequence of its own."""
         layers = [layer.extract(row) for layer in self]
         return Cache(layers, self.rope_delta[row : row + 1], (self.ntk_alpha[row],))
+
+
+def by_layer(cache: Sequence[Any] | None, counts: Iterable[int]) -> list[list[Any]]:
+    """The caches of each layer, ``counts`` of them; None in their place where there is no cache."""
+    each = iter(cache) if cache is not None else itertools.repeat(None)
+    return [list(itertools.islice(each, count)) for count in counts]
 
 
 def _flatten(state: Any) -> list[mx.array]:

@@ -86,14 +86,6 @@ def by_rows(function: Callable[..., mx.array], *arrays: mx.array, most: int | No
     return mx.concatenate([turns(function, *rows) for rows in cut])
 
 
-def by_tokens(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
-    """``by_rows`` of tokens ``[B, L, d]``; single ones ``[B, d]`` are few: all at once."""
-    if arrays[0].ndim < 3:
-        return function(*arrays)
-    rows = by_rows(function, *(array.flatten(0, 1) for array in arrays))
-    return mx.unflatten(rows, 0, arrays[0].shape[:2])
-
-
 def evenly(count: int, parts: int) -> list[int]:
     """Where to cut ``count`` things into parts that differ by one at most."""
     return [count * part // parts for part in range(1, parts)]

@@ -12,12 +12,12 @@ from mlx.utils import tree_flatten
 
 from qwenvl_mlx.config import one_of
 from qwenvl_mlx.layers.attention import Pass
-from qwenvl_mlx.layers.cache import Cache
-from qwenvl_mlx.layers.cores import by_tokens
+from qwenvl_mlx.layers.cache import Cache, by_layer
 from qwenvl_mlx.layers.linear import add_linear, apply, by_outputs
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles
+from qwenvl_mlx.layers.split import add_parts, parts_of, split
 
 
 @dataclass(frozen=True)
@@ -63,25 +63,34 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def __call__(self, x: mx.array, shared: Pass, cache: Any | None) -> mx.array:
-        mixer = self[self.mixer]
-        mixed = mixer(self.input_layernorm(x), shared, cache)
-        if shared.last_only:
-            x, mixed = x[:, -1:], mixed[:, -1:]
-        return by_tokens(self._rest, x, mixed)
+    def split(self) -> None:
+        """Deal both out over the cores of a processor."""
+        self[self.mixer], self.mlp = split(self[self.mixer]), split(self.mlp)
 
-    def _rest(self, x: mx.array, mixed: mx.array) -> mx.array:
-        """What is done with each token for itself."""
-        x = add_linear(x, self[self.mixer].output, mixed)
-        return add_mlp(x, self.mlp, self.post_attention_layernorm(x))
+    @property
+    def mixers(self) -> Sequence[nn.Module]:
+        """One, or one for each core; each has a cache of its own."""
+        return parts_of(self[self.mixer])
+
+    def __call__(self, x: mx.array, shared: Pass, caches: Sequence[Any]) -> mx.array:
+        """``caches``: of each mixer; None for those that keep nothing."""
+        normed = self.input_layernorm(x)
+
+        def mix(mixer: nn.Module, core: int, residual: mx.array | None) -> mx.array:
+            mixed = mixer(normed, shared, caches[core])
+            return add_linear(residual, mixer.output, mixed[:, -1:] if shared.last_only else mixed)
+
+        x = add_parts(x[:, -1:] if shared.last_only else x, self[self.mixer], mix)
+        normed = self.post_attention_layernorm(x)
+        return add_parts(x, self.mlp, lambda mlp, _, residual: add_mlp(residual, mlp, normed))
 
 
-def add_mlp(residual: mx.array, mlp: nn.Module, x: mx.array) -> mx.array:
+def add_mlp(residual: mx.array | None, mlp: nn.Module, x: mx.array) -> mx.array:
     """``residual + mlp(x)``, the sum within the last product where there is one."""
     if isinstance(mlp, MLP):
         return add_linear(residual, mlp.down_proj, mlp.inner(x))
     update: mx.array = mlp(x)
-    return residual + update
+    return update if residual is None else residual + update
 
 
 class Body(nn.Module):
@@ -135,11 +144,12 @@ class Decoder(nn.Module):
         single = hidden.shape[1] == 1 and not deepstack
         if single:  # a matrix: products of three axes cost reshapes, and on CPUs a run through the weights for each row
             hidden = hidden.squeeze(1)
-        states: Sequence[Any] = cache if cache is not None else [None] * len(self.model.layers)
-        for index, (layer, state) in enumerate(zip(self.model.layers, states, strict=True)):
-            if last_only and not single and len(deepstack) <= index == len(states) - 1:
+        layers = self.model.layers
+        states = by_layer(cache, [len(layer.mixers) for layer in layers])
+        for index, (layer, caches) in enumerate(zip(layers, states, strict=True)):
+            if last_only and not single and len(deepstack) <= index == len(layers) - 1:
                 shared = shared.of_last()
-            hidden = layer(hidden, shared, state)
+            hidden = layer(hidden, shared, caches)
             if index < len(deepstack):
                 hidden = hidden + deepstack[index]
         logits = self._output(self.model.norm(hidden[:, -1:] if last_only and not single else hidden))

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwenvl_mlx.layers.attention import Pass
+from qwenvl_mlx.layers.cache import kv
 from qwenvl_mlx.layers.linear import join_children, project
 from qwenvl_mlx.layers.mlx_lm import leaf
 
@@ -68,6 +69,10 @@ class GatedDeltaNet(nn.Module):
     def output(self) -> nn.Module:
         """The last product, which the decoder layer adds to its stream."""
         return self.out_proj
+
+    def new_cache(self) -> Any:
+        """For one sequence: the last inputs of the convolution, and the state."""
+        return kv.ArraysCache(2)
 
     def prepare(self) -> None:
         """Join the four products into one."""

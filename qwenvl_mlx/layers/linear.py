@@ -71,8 +71,10 @@ def apply(layer: nn.Module, x: mx.array) -> mx.array:
     return out if flat is x else mx.unflatten(out, 0, x.shape[:2])
 
 
-def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
+def add_linear(residual: mx.array | None, layer: nn.Module, x: mx.array) -> mx.array:
     """``residual + layer(x)``, in one kernel where the layer is plain and has no bias. Rows as in ``apply``."""
+    if residual is None:
+        return apply(layer, x)
     if not isinstance(layer, nn.Linear) or "bias" in layer or _few_rows(layer, x):
         return residual + apply(layer, x)
     if x.ndim < 3 or len(x) == 1:
@@ -86,7 +88,7 @@ def add_linear(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
 def by_outputs(function: Callable[[nn.Module, slice], mx.array], layer: nn.Module, x: mx.array) -> mx.array:
     """``function(layer, all outputs)``, a product with ``x``; on a CPU some outputs on each core where it is large."""
     outputs, count = len(layer.weight), cores()
-    if count == 1 or type(layer) not in CUT or outputs * x.size < LARGE:
+    if count == 1 or type(layer) not in CUT or outputs < count or outputs * x.size < LARGE:
         return function(layer, slice(None))
     parts = []
     for core, ends in enumerate(itertools.pairwise([0, *evenly(outputs, count), outputs])):

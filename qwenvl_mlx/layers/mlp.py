@@ -11,7 +11,7 @@ import mlx.nn as nn
 from qwenvl_mlx.layers.exponential import exp_pays, swish_times
 from qwenvl_mlx.layers.linear import apply, join_children, joinable, project
 from qwenvl_mlx.layers.mlx_lm import leaf
-from qwenvl_mlx.layers.shard import Group, split_inputs, split_inputs_unsummed, split_outputs
+from qwenvl_mlx.layers.shard import Group, split_inputs, split_inputs_unsummed, split_outputs, total
 
 switch = leaf("models.switch_layers")
 
@@ -102,7 +102,7 @@ class Experts(nn.Module):
         weights = mx.softmax(mx.take_along_axis(logits, best, axis=-1), axis=-1, precise=True)
         outputs = self._experts(x, best)  # [B, L, top, hidden]
         mixed: mx.array = (weights[..., None, :].astype(x.dtype) @ outputs).squeeze(-2)
-        return mixed if self.group is None else mx.distributed.all_sum(mixed, group=self.group)
+        return total(mixed, self.group)
 
     def _experts(self, x: mx.array, best: mx.array) -> mx.array:
         plain = "fc1" in self.switch_mlp and "scales" not in self.switch_mlp.fc1

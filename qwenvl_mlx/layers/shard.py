@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,17 +12,38 @@ from mlx.nn.layers.distributed import shard_inplace, shard_linear
 from qwenvl_mlx.errors import ConfigError
 from qwenvl_mlx.layers.linear import map_rows
 
-Group = mx.distributed.Group
+
+@dataclass(frozen=True)
+class Core:
+    """A core of this machine in a machine's place. Sums over cores are left to whoever asked for them."""
+
+    index: int
+    count: int
+
+    def rank(self) -> int:
+        return self.index
+
+    def size(self) -> int:
+        return self.count
+
+
+Group = mx.distributed.Group | Core
 
 
 def split_outputs(layer: nn.Module, group: Group, *, segments: int = 1) -> None:
     """Keep this machine's part of the outputs. ``segments``: layers that are joined in this one, cut one by one."""
-    shard_inplace(layer, "all-to-sharded", segments=segments, group=group)
+    part_of(layer.weight.shape[-2] // segments, group, "outputs")
+    _cut(layer, "all-to-sharded", group, segments)
     mx.eval(layer.parameters())  # now: the whole model never stands in one machine's memory
 
 
 def split_inputs(layer: nn.Module, group: Group) -> Any:
     """A layer that takes this machine's part of the inputs and gives the sum over all machines."""
+    if isinstance(group, Core):
+        split_inputs_unsummed(layer, group)
+        if group.index:
+            layer.pop("bias", None)
+        return layer
     _check_groups(layer, group)
     part: nn.Module = shard_linear(layer, "sharded-to-all", group=group)
     mx.eval(part.parameters())
@@ -31,8 +53,17 @@ def split_inputs(layer: nn.Module, group: Group) -> Any:
 def split_inputs_unsummed(layer: nn.Module, group: Group) -> None:
     """Keep this machine's part of the inputs; the caller sums."""
     _check_groups(layer, group)
-    shard_inplace(layer, "sharded-to-all", group=group)
+    _cut(layer, "sharded-to-all", group)
     mx.eval(layer.parameters())
+
+
+def total(x: mx.array, group: Group | None) -> mx.array:
+    """The sum over all machines."""
+    return x if group is None or isinstance(group, Core) else mx.distributed.all_sum(x, group=group)
+
+
+def _cut(layer: nn.Module, how: str, group: Group, segments: int = 1) -> None:
+    shard_inplace(layer, how, segments=segments, group=group)  # type: ignore[arg-type]  # asks for rank and size
 
 
 def split_heads(layers: list[nn.Module], heads: int, size: int, group: Group) -> int:
@@ -66,7 +97,9 @@ def _keep_rows(layer: nn.Module, begin: int, end: int) -> None:
 
 def _check_groups(layer: nn.Module, group: Group) -> None:
     """Groups of quantised weights must not be cut through."""
-    if "scales" in layer and layer.scales.shape[-1] % group.size():
+    if "scales" not in layer:
+        part_of(layer.weight.shape[-1], group, "inputs")
+    elif layer.scales.shape[-1] % group.size():
         raise ConfigError(
             f"{layer.scales.shape[-1]} groups of quantised weights can't be cut over {group.size()} machines: "
             "quantise with a smaller --q-group-size"

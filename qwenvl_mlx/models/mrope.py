@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from qwenvl_mlx.errors import ConfigError
-from qwenvl_mlx.layers.cache import Cache, kv
+from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.decoder import Decoder, DecoderConfig
 from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.spans import Placeholders
@@ -60,6 +60,7 @@ class MRopeModel(VisionLanguageModel):
         super().__init__(config)
         self.vision_tower = vision
         self.language_model = decoder
+        self.prepared = False
         self.text, self.rope, self.placeholders = text, rope, placeholders
 
     @property
@@ -67,6 +68,11 @@ class MRopeModel(VisionLanguageModel):
         return self.text.max_position_embeddings
 
     def prepare(self) -> None:
+        if self.prepared:
+            return
+        self.prepared = True
+        for layer in self.language_model.model.layers:
+            layer.split()
         for module in self.modules():
             if module is not self and hasattr(module, "prepare"):
                 module.prepare()
@@ -131,4 +137,6 @@ class MRopeModel(VisionLanguageModel):
         return self.language_model(hidden, self.rope.text(positions), cache, last_only=last_only)
 
     def make_cache(self) -> Cache:
-        return Cache(kv.KVCache() for _ in range(self.text.num_hidden_layers))
+        return Cache(
+            mixer.new_cache() for layer in self.language_model.model.layers for mixer in layer.mixers
+        )

@@ -15,7 +15,6 @@ import mlx.nn as nn
 
 from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.layers.attention import GatedAttention
-from qwenvl_mlx.layers.cache import Cache, kv
 from qwenvl_mlx.layers.decoder import DecoderConfig, DecoderLayer
 from qwenvl_mlx.layers.delta_net import GatedDeltaNet
 from qwenvl_mlx.layers.mlp import MLP, SharedExperts
@@ -71,7 +70,6 @@ class Model(Qwen3Model):
         rope = MRope.of(text_section(config), text.head_size, interleaved=True, defaults=ROPE)
         layers = [_layer(text, index, rope.dims) for index in range(text.num_hidden_layers)]
         super().__init__(config, text, layers, rope=ROPE, image=248056, video=248057)
-        self.linear = tuple(text.is_linear(index) for index in range(text.num_hidden_layers))
 
     @classmethod
     def sanitize(cls, weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
@@ -87,9 +85,6 @@ class Model(Qwen3Model):
     def keep_float32(cls, name: str) -> bool:
         """1 + w rounded to bfloat16 moves the logits by 0.1; the decay's exponent needs its digits too."""
         return bool(ZERO_CENTRED.fullmatch(name)) or name.endswith(".A_log")
-
-    def make_cache(self) -> Cache:
-        return Cache(kv.ArraysCache(2) if linear else kv.KVCache() for linear in self.linear)
 
 
 def _layer(config: TextConfig, index: int, rotated: int) -> DecoderLayer:

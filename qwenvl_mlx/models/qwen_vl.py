@@ -15,14 +15,14 @@ import numpy as np
 
 from qwenvl_mlx.config import from_dict, one_of
 from qwenvl_mlx.errors import ConfigError, MediaError, PromptError
-from qwenvl_mlx.layers.cache import Cache, FixedKV, kv
-from qwenvl_mlx.layers.cores import by_tokens
+from qwenvl_mlx.layers.cache import Cache, FixedKV, by_layer, kv
 from qwenvl_mlx.layers.dynamic_ntk import Positions, Rotary
 from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
 from qwenvl_mlx.layers.mlp import gated
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.shard import Group, part_of, split_inputs, split_outputs
+from qwenvl_mlx.layers.split import add_parts, parts_of, split
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
@@ -98,13 +98,14 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        residual: mx.array,
+        residual: mx.array | None,
         x: mx.array,
         positions: Positions,
         mask: mx.array | str | None,
         layer: Any,
         last_only: bool,
     ) -> mx.array:
+        """``residual``, already of the last token where ``last_only``, and what is added to it."""
         batch, length = len(x), 1 if x.ndim == 2 else x.shape[1]
         heads = apply(self.c_attn, x).reshape(batch, length, 3 * self.heads, -1)
         if isinstance(layer, FixedKV) and length == 1:
@@ -124,10 +125,11 @@ class Attention(nn.Module):
         else:
             scale *= positions.query_factor
         if last_only:
-            residual, query, mask = residual[:, -1:], query[:, :, -1:], last_query(mask)
+            query, mask = query[:, :, -1:], last_query(mask)
         out = attend_cached(query, key, value, layer, scale=scale, mask=mask)
         out = out if query.shape[2] == 1 else out.transpose(0, 2, 1, 3)
-        out = out.reshape(*residual.shape[:-1], -1)
+        lengths = () if x.ndim == 2 else (query.shape[2],)
+        out = out.reshape(batch, *lengths, -1)
         return add_linear(residual, self.c_proj, out)
 
 
@@ -152,7 +154,7 @@ class MLP(nn.Module):
             self.gate_up = join(self.w2, self.w1)
             del self.w1, self.w2
 
-    def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
+    def __call__(self, residual: mx.array | None, x: mx.array) -> mx.array:
         if "gate_up" in self:
             gate, up = mx.split(apply(self.gate_up, x), 2, axis=-1)
         else:
@@ -164,16 +166,33 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.ln_1 = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn: nn.Module = Attention(config)
         self.ln_2 = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp: nn.Module = MLP(config)
+
+    @property
+    def attentions(self) -> Sequence[nn.Module]:
+        """One, or one for each core; each has a cache of its own."""
+        return parts_of(self.attn)
 
     def __call__(
-        self, x: mx.array, positions: Positions, mask: mx.array | str | None, layer: Any, last_only: bool
+        self,
+        x: mx.array,
+        positions: Positions,
+        mask: mx.array | str | None,
+        caches: Sequence[Any],
+        last_only: bool,
     ) -> mx.array:
-        """``last_only``: of the last token alone."""
-        x = self.attn(x, self.ln_1(x), positions, mask, layer, last_only)
-        return by_tokens(lambda rows: self.mlp(rows, self.ln_2(rows)), x)
+        """``caches``: of each attention; ``last_only``: of the last token alone."""
+        normed = self.ln_1(x)
+
+        def attend(attn: nn.Module, core: int, residual: mx.array | None) -> mx.array:
+            out: mx.array = attn(residual, normed, positions, mask, caches[core], last_only)
+            return out
+
+        x = add_parts(x[:, -1:] if last_only else x, self.attn, attend)
+        normed = self.ln_2(x)
+        return add_parts(x, self.mlp, lambda mlp, _, residual: mlp(residual, normed))
 
 
 class Decoder(nn.Module):
@@ -192,11 +211,12 @@ class Decoder(nn.Module):
         mask = attention.create_attention_mask(x, layers[0])
         single = x.shape[1] == 1
         if single and isinstance(layers[0], FixedKV):
-            heads = self.h[0].attn.heads
+            heads = self.h[0].attentions[0].heads
             positions = positions.by_heads(2 * heads, 3 * heads)
         x = x.squeeze(1) if single else x  # products of matrices cost no reshapes
-        for block, layer in zip(self.h, layers, strict=True):
-            x = block(x, positions, mask, layer, last_only and not single and block is self.h[-1])
+        states = by_layer(layers, [len(block.attentions) for block in self.h])
+        for block, caches in zip(self.h, states, strict=True):
+            x = block(x, positions, mask, caches, last_only and not single and block is self.h[-1])
         return x[:, None] if single else x
 
 
@@ -238,7 +258,9 @@ class Model(VisionLanguageModel):
     def prepare(self) -> None:
         self.vision_tower.prepare()
         for block in self.language_model.model.h:
-            block.mlp.prepare()
+            block.attn, block.mlp = split(block.attn), split(block.mlp)
+            for mlp in parts_of(block.mlp):
+                mlp.prepare()
 
     def encode(self, media: Sequence[Media]) -> list[Features]:
         return [Features(self.vision_tower(self._pixels(item))) for item in media]
@@ -297,7 +319,9 @@ class Model(VisionLanguageModel):
         self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False
     ) -> mx.array:
         if cache is None:
-            layers: Sequence[Any] = [None] * self.config.num_hidden_layers
+            layers: Sequence[Any] = [None] * sum(
+                len(block.attentions) for block in self.language_model.model.h
+            )
             return self._logits(
                 embedded.embeddings, embedded.start, self._alphas(embedded, None), layers, last_only
             )
@@ -331,7 +355,7 @@ class Model(VisionLanguageModel):
         return apply(self.language_model.lm_head, self.language_model.model.ln_f(hidden))
 
     def make_cache(self) -> Cache:
-        return Cache([kv.KVCache() for _ in range(self.config.num_hidden_layers)])
+        return Cache(kv.KVCache() for block in self.language_model.model.h for _ in block.attentions)
 
     def rope_key(self, prompt_length: int) -> float:
         return self.config.rotary.alpha(prompt_length)
