@@ -183,7 +183,9 @@ def test_small_products_are_left_whole(take: Take, monkeypatch: pytest.MonkeyPat
     assert seen == [layer]
     linear.by_outputs(note, layer, mx.zeros((2, 64)))
     assert len(seen) == 4
-    gate = nn.QuantizedLinear(64, 1, group_size=32)  # MLX would divide by its outputs, which some cores had none of
+    gate = nn.QuantizedLinear(
+        64, 1, group_size=32
+    )  # MLX would divide by its outputs, which some cores had none of
     assert linear.apply(gate, mx.ones((200, 64))).shape == (200, 1)
 
 
@@ -323,7 +325,11 @@ def test_parts_hold_what_the_whole_holds(generation: str, take: Take) -> None:
     sizes = []
     for count in (1, 2):
         take(count)
-        model = load("tiny_chat") if generation == "qwen_vl" else build(generation, text={"num_key_value_heads": 2})
+        model = (
+            load("tiny_chat")
+            if generation == "qwen_vl"
+            else build(generation, text={"num_key_value_heads": 2})
+        )
         sizes.append(large(model))
     assert sizes[0] == sizes[1]
 

@@ -63,7 +63,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def split(self) -> None:
+    def prepare(self) -> None:
         """Deal both out over the cores of a processor."""
         self[self.mixer], self.mlp = split(self[self.mixer]), split(self.mlp)
 
