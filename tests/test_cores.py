@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import test_later_models as later_models
 from helpers import reference
 from mlx.utils import tree_flatten
 from qwen_vl_cases import goldens, load
@@ -20,10 +21,12 @@ from qwen_vl_cases import prompt as original_prompt
 from test_later_models import build, close, mixed
 
 from benchmarks.parity_table import GENERATIONS
+from qwenvl_mlx.engine.kv import cache_maker, kv_cost
 from qwenvl_mlx.engine.step import CompiledStep, Decoding
 from qwenvl_mlx.layers import cores, fused, linear, split
 from qwenvl_mlx.layers.cores import Turns, by_rows
 from qwenvl_mlx.layers.decoder import add_mlp
+from qwenvl_mlx.layers.delta_net import GatedDeltaNet
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.split import parts_of
 from qwenvl_mlx.media import Prompt
@@ -241,7 +244,7 @@ def made(generation: str) -> tuple[VisionLanguageModel, Prompt]:
     if generation == "qwen_vl":
         original = load("tiny_chat")
         return original, original_prompt(original, goldens("tiny_chat")["img2"]["ids"][0])
-    model = build(generation)
+    model = build(generation, text={"num_key_value_heads": 2})
     return model, mixed(model, generation)
 
 
@@ -288,8 +291,13 @@ def test_models_compute_the_same_on_several_cores(
     for count in (1, 2, 3):  # heads are cut for two at most
         take(count)
         model, asked = made(generation)
-        parts = [[len(parts_of(module)) for module in pair] for pair in layers(model)]
-        assert {max(pair) for pair in parts} == {count} if generation == "qwen_vl" else {min(count, 2)}
+        mixers, mlps = (
+            [len(parts_of(module)) for module in kind] for kind in zip(*layers(model), strict=True)
+        )
+        assert set(mlps) == {count if generation == "qwen_vl" else min(count, 2)}
+        assert mixers == [
+            1 if isinstance(mixer, GatedDeltaNet) else min(count, 2) for mixer, _ in layers(model)
+        ]
         used.clear()
         features = model.encode(asked.media)
         assert {kind: len(streams) for kind, streams in used.items()} == (
@@ -297,9 +305,9 @@ def test_models_compute_the_same_on_several_cores(
         )
         used.clear()
         embedded, cache = model.embed(asked.input_ids, features, asked.media), model.make_cache()
-        assert len(cache) == sum(mixers for mixers, _ in parts)
+        assert len(cache) == sum(mixers)
         first = model(embedded, cache, last_only=True)
-        assert len(used.get("parts", {0})) == max(map(max, parts))
+        assert len(used.get("parts", {0})) == mlps[0]
         assert len(used.get("outputs", {0})) == count
         mx.eval(cache.arrays)
         decoding = Decoding(CompiledStep(model), cache)
@@ -314,24 +322,97 @@ def test_models_compute_the_same_on_several_cores(
 
 @pytest.mark.parametrize("generation", [*GENERATIONS, "qwen_vl"])
 def test_parts_hold_what_the_whole_holds(generation: str, take: Take) -> None:
-    """Nothing twice but what each needs: norms, routers, the gate of a shared expert; keys and values of heads that are
-    fewer than the cores.
-    """
+    """Nothing twice but what each needs: norms, routers, the gate of a shared expert. So do their caches."""
 
     def large(model: VisionLanguageModel) -> int:
         arrays = dict(tree_flatten(model.language_model.parameters())).items()
         return sum(array.size for name, array in arrays if array.ndim > 1 and "gate.weight" not in name)
 
     sizes = []
+    for count in (1, 2, 4):
+        take(count)
+        model, _ = made(generation)
+        cost = kv_cost(model, None)
+        sizes.append((large(model), cost.token, cost.fixed))
+    assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    "check",
+    [
+        later_models.test_chunks_of_a_prompt_are_the_prompt,
+        later_models.test_last_only_is_the_last_of_all,
+        later_models.test_joined_sequences_decode_as_alone,
+        later_models.test_padding_changes_nothing,
+        later_models.test_texts_are_read_together_as_alone,
+        later_models.test_cached_media_need_no_features,
+    ],
+)
+def test_parts_do_what_a_whole_model_does(check: Callable[..., None], generation: str, take: Take) -> None:
+    take(2)
+    model, _ = made(generation)
+    assert {len(parts_of(mlp)) for _, mlp in layers(model)} == {2}
+    check(model, generation)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("kind", [4, "mixed", "half"])
+def test_parts_of_quantised_and_half_models(kind: int | str, generation: str, take: Take) -> None:
+    def settings(path: str, module: nn.Module) -> bool | dict[str, int]:
+        eight = kind == "mixed" and path.endswith(("v_proj", "up_proj", "layers.1.mlp.down_proj"))
+        size = module.weight.shape[-1] if hasattr(module, "to_quantized") else 1
+        return size % 64 == 0 and {"group_size": 32, "bits": 8 if eight else 4}
+
+    found = []
     for count in (1, 2):
         take(count)
-        model = (
-            load("tiny_chat")
-            if generation == "qwen_vl"
-            else build(generation, text={"num_key_value_heads": 2})
-        )
-        sizes.append(large(model))
-    assert sizes[0] == sizes[1]
+        model = build(generation, prepared=False, text={"num_key_value_heads": 2, "intermediate_size": 192})
+        if kind == "half":
+            model.set_dtype(mx.bfloat16)
+        else:
+            nn.quantize(model.language_model, class_predicate=settings)
+        model.prepare()
+        assert {len(parts_of(mlp)) for _, mlp in layers(model)} == {count}
+        cache = cache_maker(model, None)()
+        first = model(model.embed(range(1, 20), [], []), cache)
+        mx.eval(cache.arrays)
+        decoding = Decoding(CompiledStep(model), cache)
+        found.append([first, decoding(mx.array([[4]])), model.decode(mx.array([[5, 6]]), decoding.cache())])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        if kind == "half":
+            error = mx.abs((one - other).astype(mx.float32))
+            assert error.mean() < 0.05 * mx.abs(one).mean()
+        else:
+            assert close(one, other)
+
+
+def test_blocks_of_the_original_may_be_cut_differently(take: Take) -> None:
+    found = []
+    for cut in ((), (0,), (1,)):
+        take(1)
+        model = load("tiny_chat")
+        take(2)
+        blocks = model.language_model.model.h
+        for index in cut:
+            blocks[index].attn = split.split(blocks[index].attn)
+        assert [len(block.attentions) for block in blocks] == [1 + (index in cut) for index in (0, 1)]
+        cache = model.make_cache()
+        mx.eval(model(model.embed(range(1, 20), [], []), cache), cache.arrays)
+        found.append(Decoding(CompiledStep(model), cache)(mx.array([[4]])))
+    assert close(found[1], found[0])
+    assert close(found[2], found[0])
+
+
+def test_a_cache_of_other_layers_is_refused(take: Take) -> None:
+    take(2)
+    model, _ = made("qwen3_vl")
+    take(1)
+    other, _ = made("qwen3_vl")
+    for mine, theirs in ((model, other), (other, model)):
+        with pytest.raises(ValueError, match="does not fit"):
+            mine.decode(mx.array([[3]]), theirs.make_cache())
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -27,6 +27,7 @@ from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.dynamic_ntk import Rotary, ntk_alpha
 from qwenvl_mlx.layers.positions import resample_table
 from qwenvl_mlx.media import Features, Media, Prompt
+from qwenvl_mlx.models.base import prepare_below
 from qwenvl_mlx.models.qwen_vl import Model
 from qwenvl_mlx.sizes import SIZES
 
@@ -371,6 +372,7 @@ def test_joined_and_padded_layouts_hold_for_quantised_weights() -> None:
     plain.load_weights(list(weights.items()))
     small.prepare()
     plain.vision_tower.prepare()
+    prepare_below(plain.vision_tower)
     pixels = [Media("image", np.random.default_rng(0).standard_normal((3, 112, 112), np.float32), (1, 8, 8))]
     asked = Prompt([1, 500, *[2] * 16, 501, 3], pixels)
     assert difference(small.encode(pixels)[0].embeddings, np.array(plain.encode(pixels)[0].embeddings)) < 1e-4

@@ -15,7 +15,7 @@ from qwenvl_mlx.layers.linear import apply, join, join_children, joinable, map_r
 from qwenvl_mlx.layers.mlx_lm import leaf
 from qwenvl_mlx.layers.norm import RMSNorm
 from qwenvl_mlx.layers.rotary import Angles, HeadWeights
-from qwenvl_mlx.layers.shard import Group, part_of, split_heads, split_inputs, split_outputs
+from qwenvl_mlx.layers.shard import Members, part_of, split_heads, split_inputs, split_outputs
 
 mlx_lm = leaf("models.base")
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         """An empty cache for one sequence."""
         return kv.KVCache()
 
-    def shard(self, group: Group) -> None:
+    def shard(self, group: Members) -> None:
         """Keep this machine's heads."""
         self.heads = part_of(self.heads, group, "attention heads")
         split_outputs(self.q_proj, group)

@@ -151,7 +151,15 @@ class Cache(list[Any]):
 
 
 def by_layer(cache: Sequence[Any] | None, counts: Iterable[int]) -> list[list[Any]]:
-    """The caches of each layer, ``counts`` of them; None in their place where there is no cache."""
+    """The caches of each layer, ``counts`` of them; None in their place where there is no cache.
+
+    ``ValueError`` for a cache that was made for other layers.
+    """
+    counts = list(counts)
+    if cache is not None and len(cache) != sum(counts):
+        raise ValueError(
+            f"a cache of {len(cache)} layers does not fit {sum(counts)}: make it with this model"
+        )
     each = iter(cache) if cache is not None else itertools.repeat(None)
     return [list(itertools.islice(each, count)) for count in counts]
 

@@ -34,7 +34,7 @@ def cores() -> int:
 
 
 def stay_alone() -> None:
-    """Deal out nothing more in this process: where machines share a model, their sums need one order on all of them."""
+    """Deal out nothing that is not dealt out yet: where machines share a model, their sums need one order on all."""
     _alone.set()
 
 
@@ -55,7 +55,7 @@ def on(core: int) -> Iterator[None]:
 
 class Turns:
     """Parts of one thing, dealt out over the cores. A core begins one when it has ended its last, so that few are in
-    memory at once. Whoever takes the parts joins them: no array of another core's stream may be kept.
+    memory at once. Whoever takes the parts joins them: what is kept must not wait for another core's stream.
     """
 
     def __init__(self) -> None:

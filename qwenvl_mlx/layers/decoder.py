@@ -65,7 +65,8 @@ class DecoderLayer(nn.Module):
 
     def prepare(self) -> None:
         """Deal both out over the cores of a processor."""
-        self[self.mixer], self.mlp = split(self[self.mixer]), split(self.mlp)
+        self[self.mixer] = split(self[self.mixer])  # one by one: what was whole is freed
+        self.mlp = split(self.mlp)
 
     @property
     def mixers(self) -> Sequence[nn.Module]:
@@ -86,7 +87,7 @@ class DecoderLayer(nn.Module):
 
 
 def add_mlp(residual: mx.array | None, mlp: nn.Module, x: mx.array) -> mx.array:
-    """``residual + mlp(x)``, the sum within the last product where there is one."""
+    """``residual + mlp(x)``, the sum within the last product where there is one; ``mlp(x)`` without a residual."""
     if isinstance(mlp, MLP):
         return add_linear(residual, mlp.down_proj, mlp.inner(x))
     update: mx.array = mlp(x)

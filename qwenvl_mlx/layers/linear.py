@@ -72,7 +72,10 @@ def apply(layer: nn.Module, x: mx.array) -> mx.array:
 
 
 def add_linear(residual: mx.array | None, layer: nn.Module, x: mx.array) -> mx.array:
-    """``residual + layer(x)``, in one kernel where the layer is plain and has no bias. Rows as in ``apply``."""
+    """``residual + layer(x)``, in one kernel where the layer is plain and has no bias. Rows as in ``apply``.
+
+    Without a residual it is ``apply``.
+    """
     if residual is None:
         return apply(layer, x)
     if not isinstance(layer, nn.Linear) or "bias" in layer or _few_rows(layer, x):

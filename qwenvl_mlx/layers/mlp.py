@@ -11,7 +11,7 @@ import mlx.nn as nn
 from qwenvl_mlx.layers.exponential import exp_pays, swish_times
 from qwenvl_mlx.layers.linear import apply, join_children, joinable, project
 from qwenvl_mlx.layers.mlx_lm import leaf
-from qwenvl_mlx.layers.shard import Group, split_inputs, split_inputs_unsummed, split_outputs, total
+from qwenvl_mlx.layers.shard import Members, split_inputs, split_inputs_unsummed, split_outputs, total
 
 switch = leaf("models.switch_layers")
 
@@ -42,7 +42,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
-    def shard(self, group: Group) -> None:
+    def shard(self, group: Members) -> None:
         """Keep this machine's part of the inner width."""
         for name in GATE_UP:
             split_outputs(self[name], group)
@@ -73,11 +73,11 @@ class Experts(nn.Module):
     def __init__(self, hidden: int, inner: int, experts: int, top: int) -> None:
         super().__init__()
         self.top = top
-        self.group: Group | None = None
+        self.group: Members | None = None
         self.gate = nn.Linear(hidden, experts, bias=False)
         self.switch_mlp: Any = switch.SwitchGLU(hidden, inner, experts)
 
-    def shard(self, group: Group) -> None:
+    def shard(self, group: Members) -> None:
         """Keep this machine's part of every expert's inner width."""
         for name in GATE_UP:
             split_outputs(self.switch_mlp[name], group)

@@ -27,52 +27,53 @@ class Core:
         return self.count
 
 
-Group = mx.distributed.Group | Core
+Group = mx.distributed.Group
+Members = Group | Core
 
 
-def split_outputs(layer: nn.Module, group: Group, *, segments: int = 1) -> None:
+def split_outputs(layer: nn.Module, group: Members, *, segments: int = 1) -> None:
     """Keep this machine's part of the outputs. ``segments``: layers that are joined in this one, cut one by one."""
     part_of(layer.weight.shape[-2] // segments, group, "outputs")
     _cut(layer, "all-to-sharded", group, segments)
     mx.eval(layer.parameters())  # now: the whole model never stands in one machine's memory
 
 
-def split_inputs(layer: nn.Module, group: Group) -> Any:
-    """A layer that takes this machine's part of the inputs and gives the sum over all machines."""
+def split_inputs(layer: nn.Module, group: Members) -> Any:
+    """A layer that takes this machine's part of the inputs and gives the sum over all machines; a core's part alone."""
     if isinstance(group, Core):
         split_inputs_unsummed(layer, group)
         if group.index:
             layer.pop("bias", None)
         return layer
-    _check_groups(layer, group)
+    _check_inputs(layer, group)
     part: nn.Module = shard_linear(layer, "sharded-to-all", group=group)
     mx.eval(part.parameters())
     return part
 
 
-def split_inputs_unsummed(layer: nn.Module, group: Group) -> None:
+def split_inputs_unsummed(layer: nn.Module, group: Members) -> None:
     """Keep this machine's part of the inputs; the caller sums."""
-    _check_groups(layer, group)
+    _check_inputs(layer, group)
     _cut(layer, "sharded-to-all", group)
     mx.eval(layer.parameters())
 
 
-def total(x: mx.array, group: Group | None) -> mx.array:
-    """The sum over all machines."""
+def total(x: mx.array, group: Members | None) -> mx.array:
+    """The sum over all machines; a core's part is left as it is."""
     return x if group is None or isinstance(group, Core) else mx.distributed.all_sum(x, group=group)
 
 
-def _cut(layer: nn.Module, how: str, group: Group, segments: int = 1) -> None:
+def _cut(layer: nn.Module, how: str, group: Members, segments: int = 1) -> None:
     shard_inplace(layer, how, segments=segments, group=group)  # type: ignore[arg-type]  # asks for rank and size
 
 
-def split_heads(layers: list[nn.Module], heads: int, size: int, group: Group) -> int:
+def split_heads(layers: list[nn.Module], heads: int, size: int, group: Members) -> int:
     """Keep this machine's heads of ``size`` outputs each; returns their number.
 
-    With fewer heads than machines, neighbours hold the same one.
+    With fewer heads than machines, neighbours hold the same one; cores don't, as they share their memory.
     """
     machines = group.size()
-    if heads < machines and machines % heads == 0:
+    if heads < machines and machines % heads == 0 and not isinstance(group, Core):
         first = group.rank() * heads // machines * size
         for layer in layers:
             _keep_rows(layer, first, first + size)
@@ -82,7 +83,7 @@ def split_heads(layers: list[nn.Module], heads: int, size: int, group: Group) ->
     return part_of(heads, group, "heads")
 
 
-def part_of(count: int, group: Group, what: str) -> int:
+def part_of(count: int, group: Members, what: str) -> int:
     """This machine's number of ``what``; ``ConfigError`` where they can't be dealt out evenly."""
     if count % group.size():
         raise ConfigError(
@@ -95,8 +96,8 @@ def _keep_rows(layer: nn.Module, begin: int, end: int) -> None:
     map_rows(layer, lambda name: mx.contiguous(layer[name][begin:end]))
 
 
-def _check_groups(layer: nn.Module, group: Group) -> None:
-    """Groups of quantised weights must not be cut through."""
+def _check_inputs(layer: nn.Module, group: Members) -> None:
+    """They must be dealt out evenly, and groups of quantised weights not be cut through."""
     if "scales" not in layer:
         part_of(layer.weight.shape[-1], group, "inputs")
     elif layer.scales.shape[-1] % group.size():

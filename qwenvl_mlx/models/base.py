@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from qwenvl_mlx.errors import PromptError
@@ -19,6 +20,14 @@ from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
 
 Places = NDArray[np.int64]
+
+
+def prepare_below(module: nn.Module) -> None:
+    """``prepare`` of every module within, layer by layer; also of those that another's ``prepare`` has put there."""
+    for child in dict(tree_flatten(module.children(), is_leaf=nn.Module.is_module)).values():
+        if hasattr(child, "prepare"):
+            child.prepare()
+        prepare_below(child)
 
 
 class VisionLanguageModel(nn.Module, ABC):
@@ -32,6 +41,7 @@ class VisionLanguageModel(nn.Module, ABC):
         text = config.get("text_config") or config
         self.vocab_size = int(text.get("vocab_size", config.get("vocab_size", 0)))
         self.sharded = False  # over several machines
+        self.prepared = False
 
     @classmethod
     @abstractmethod
@@ -55,8 +65,13 @@ class VisionLanguageModel(nn.Module, ABC):
             if module is not self and hasattr(module, "shard"):
                 module.shard(group)
 
-    def prepare(self) -> None:  # a generation without such layouts needs nothing here
-        """Called once after loading: join weights, compute tables. Layouts made here are never stored."""
+    def prepare(self) -> None:
+        """Called after loading: join weights, cut layers over a processor's cores, compute tables; a second time does
+        nothing. Layouts made here are never stored.
+        """
+        if not self.prepared:
+            self.prepared = True
+            prepare_below(self)
 
     @abstractmethod
     def encode(self, media: Sequence[Media]) -> list[Features]:

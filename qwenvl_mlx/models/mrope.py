@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from qwenvl_mlx.errors import ConfigError
 from qwenvl_mlx.layers.cache import Cache
@@ -45,14 +44,6 @@ def tied(config: Mapping[str, Any], *, nested: bool = False) -> bool:
     return bool(config.get("tie_word_embeddings", text)) or (nested and text)
 
 
-def prepare_below(module: nn.Module) -> None:
-    """``prepare`` of every module within, layer by layer; also of those that another's ``prepare`` has put there."""
-    for child in dict(tree_flatten(module.children(), is_leaf=nn.Module.is_module)).values():
-        if hasattr(child, "prepare"):
-            child.prepare()
-        prepare_below(child)
-
-
 class MRopeModel(VisionLanguageModel):
     """``vision_tower(media)`` gives Features; ``language_model`` is the decoder."""
 
@@ -69,18 +60,11 @@ class MRopeModel(VisionLanguageModel):
         super().__init__(config)
         self.vision_tower = vision
         self.language_model = decoder
-        self.prepared = False
         self.text, self.rope, self.placeholders = text, rope, placeholders
 
     @property
     def context_length(self) -> int:
         return self.text.max_position_embeddings
-
-    def prepare(self) -> None:
-        if self.prepared:
-            return
-        self.prepared = True
-        prepare_below(self)
 
     def encode(self, media: Sequence[Media]) -> list[Features]:
         return [self.vision_tower(item) for item in media]

@@ -21,7 +21,7 @@ from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
 from qwenvl_mlx.layers.mlp import gated
 from qwenvl_mlx.layers.mlx_lm import leaf
-from qwenvl_mlx.layers.shard import Group, part_of, split_inputs, split_outputs
+from qwenvl_mlx.layers.shard import Members, part_of, split_inputs, split_outputs
 from qwenvl_mlx.layers.split import add_parts, parts_of, split
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
 
-    def shard(self, group: Group) -> None:
+    def shard(self, group: Members) -> None:
         """Keep this machine's heads."""
         self.heads = part_of(self.heads, group, "attention heads")
         split_outputs(self.c_attn, group, segments=3)
@@ -143,7 +143,7 @@ class MLP(nn.Module):
         self.w2 = nn.Linear(config.hidden_size, width, bias=bias)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
-    def shard(self, group: Group) -> None:
+    def shard(self, group: Members) -> None:
         """Keep this machine's part of the inner width."""
         split_outputs(self.w1, group)
         split_outputs(self.w2, group)
@@ -169,6 +169,11 @@ class Block(nn.Module):
         self.attn: nn.Module = Attention(config)
         self.ln_2 = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp: nn.Module = MLP(config)
+
+    def prepare(self) -> None:
+        """Deal both out over the cores of a processor."""
+        self.attn = split(self.attn)
+        self.mlp = split(self.mlp)
 
     @property
     def attentions(self) -> Sequence[nn.Module]:
@@ -209,13 +214,15 @@ class Decoder(nn.Module):
 
     def __call__(self, x: mx.array, positions: Positions, layers: Sequence[Any], last_only: bool) -> mx.array:
         mask = attention.create_attention_mask(x, layers[0])
+        by_heads: dict[int, Positions] = {}
         single = x.shape[1] == 1
         if single and isinstance(layers[0], FixedKV):
-            heads = self.h[0].attentions[0].heads
-            positions = positions.by_heads(2 * heads, 3 * heads)
+            parts = {block.attentions[0].heads for block in self.h}
+            by_heads = {heads: positions.by_heads(2 * heads, 3 * heads) for heads in parts}
         x = x.squeeze(1) if single else x  # products of matrices cost no reshapes
         states = by_layer(layers, [len(block.attentions) for block in self.h])
         for block, caches in zip(self.h, states, strict=True):
+            positions = by_heads.get(block.attentions[0].heads, positions)
             x = block(x, positions, mask, caches, last_only and not single and block is self.h[-1])
         return x[:, None] if single else x
 
@@ -254,13 +261,6 @@ class Model(VisionLanguageModel):
                 old, new = next((pair for pair in RENAMES if name.startswith(pair[0])), ("", ""))
                 clean[new + name.removeprefix(old)] = weight
         return clean
-
-    def prepare(self) -> None:
-        self.vision_tower.prepare()
-        for block in self.language_model.model.h:
-            block.attn, block.mlp = split(block.attn), split(block.mlp)
-            for mlp in parts_of(block.mlp):
-                mlp.prepare()
 
     def encode(self, media: Sequence[Media]) -> list[Features]:
         return [Features(self.vision_tower(self._pixels(item))) for item in media]

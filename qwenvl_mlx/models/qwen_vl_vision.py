@@ -201,9 +201,6 @@ class VisionTower(nn.Module):
 
     def prepare(self) -> None:
         self._patch_positions = resample_table(self.positions, self._patches)
-        self.attn_pool.prepare()
-        for block in self.transformer.resblocks:
-            block.attn.prepare()
 
     def stages(self, pixels: mx.array) -> Stages[mx.array]:
         """Yields the rows after each block."""
