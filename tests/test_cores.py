@@ -356,8 +356,12 @@ def test_parts_do_what_a_whole_model_does(check: Callable[..., None], generation
     check(model, generation)
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("kind", [4, "mixed", "half"])
+@pytest.mark.parametrize(
+    ("kind", "generation"),
+    [(kind, generation) for kind in (4, "mixed") for generation in GENERATIONS]
+    # rounding may choose other experts
+    + [("half", generation) for generation in GENERATIONS if "moe" not in generation],
+)
 def test_parts_of_quantised_and_half_models(kind: int | str, generation: str, take: Take) -> None:
     def settings(path: str, module: nn.Module) -> bool | dict[str, int]:
         eight = kind == "mixed" and path.endswith(("v_proj", "up_proj", "layers.1.mlp.down_proj"))
