@@ -409,6 +409,15 @@ def test_blocks_of_the_original_may_be_cut_differently(take: Take) -> None:
     assert close(found[2], found[0])
 
 
+def test_what_is_prepared_is_not_cut_any_more(take: Take) -> None:
+    take(2)
+    model = build("qwen2_vl", text={"num_key_value_heads": 1})
+    before = model.logits(Prompt([1, 2, 3]))
+    model.prepare()
+    assert {len(parts_of(mixer)) for mixer, _ in layers(model)} == {1}
+    assert close(model.logits(Prompt([1, 2, 3])), before)
+
+
 def test_a_cache_of_other_layers_is_refused(take: Take) -> None:
     take(2)
     model, _ = made("qwen3_vl")

@@ -45,7 +45,7 @@ def split_inputs(layer: nn.Module, group: Members) -> Any:
         if group.index:
             layer.pop("bias", None)
         return layer
-    _check_inputs(layer, group)
+    _check_groups(layer, group)
     part: nn.Module = shard_linear(layer, "sharded-to-all", group=group)
     mx.eval(part.parameters())
     return part
@@ -53,7 +53,7 @@ def split_inputs(layer: nn.Module, group: Members) -> Any:
 
 def split_inputs_unsummed(layer: nn.Module, group: Members) -> None:
     """Keep this machine's part of the inputs; the caller sums."""
-    _check_inputs(layer, group)
+    _check_groups(layer, group)
     _cut(layer, "sharded-to-all", group)
     mx.eval(layer.parameters())
 
@@ -96,11 +96,9 @@ def _keep_rows(layer: nn.Module, begin: int, end: int) -> None:
     map_rows(layer, lambda name: mx.contiguous(layer[name][begin:end]))
 
 
-def _check_inputs(layer: nn.Module, group: Members) -> None:
-    """They must be dealt out evenly, and groups of quantised weights not be cut through."""
-    if "scales" not in layer:
-        part_of(layer.weight.shape[-1], group, "inputs")
-    elif layer.scales.shape[-1] % group.size():
+def _check_groups(layer: nn.Module, group: Members) -> None:
+    """Groups of quantised weights must not be cut through."""
+    if "scales" in layer and layer.scales.shape[-1] % group.size():
         raise ConfigError(
             f"{layer.scales.shape[-1]} groups of quantised weights can't be cut over {group.size()} machines: "
             "quantise with a smaller --q-group-size"

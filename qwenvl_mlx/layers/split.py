@@ -41,7 +41,7 @@ def split(module: nn.Module) -> nn.Module:
     matrices = [layer for layer in module.modules() if "weight" in layer and layer.weight.ndim == 2]
     plain = all(type(layer) in CUT for layer in matrices)
     size = sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
-    if isinstance(module, Split) or not hasattr(module, "shard") or not plain or size < WORTH:
+    if not hasattr(module, "shard") or not plain or size < WORTH:
         return module
     for count in range(cores(), 1, -1):
         try:
