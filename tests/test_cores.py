@@ -23,12 +23,12 @@ from test_later_models import build, close, mixed
 from benchmarks.parity_table import GENERATIONS
 from qwenvl_mlx.engine.kv import cache_maker, kv_cost
 from qwenvl_mlx.engine.step import CompiledStep, Decoding
-from qwenvl_mlx.layers import cores, fused, linear, split
+from qwenvl_mlx.layers import cores, fused, linear, over_cores
 from qwenvl_mlx.layers.cores import Turns, by_rows
 from qwenvl_mlx.layers.decoder import add_mlp
 from qwenvl_mlx.layers.delta_net import GatedDeltaNet
 from qwenvl_mlx.layers.mlp import MLP
-from qwenvl_mlx.layers.split import parts_of
+from qwenvl_mlx.layers.over_cores import parts_of
 from qwenvl_mlx.media import Prompt
 from qwenvl_mlx.models.base import VisionLanguageModel
 from qwenvl_mlx.models.qwen_vl import Model
@@ -47,7 +47,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[Take]:
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     monkeypatch.setattr(cores, "_alone", threading.Event())
-    for module, least in ((cores, "ENOUGH"), (linear, "LARGE"), (fused, "LEAST"), (split, "WORTH")):
+    for module, least in ((cores, "ENOUGH"), (linear, "LARGE"), (fused, "LEAST"), (over_cores, "WORTH")):
         monkeypatch.setattr(module, least, 1)
     free(3)
     yield free
@@ -89,15 +89,15 @@ def test_a_failing_part_leaves_nothing_behind(take: Take) -> None:
 @pytest.mark.parametrize(
     ("count", "free", "most", "parts"),
     [
-        (30, 1, None, [30]),
+        (30, 1, 30, [30]),
         (30, 1, 7, [6] * 5),
-        (30, 3, None, [10] * 3),
+        (30, 3, 30, [10] * 3),
         (30, 3, 7, [5] * 6),
-        (2, 3, None, [2]),
+        (2, 3, 2, [2]),
     ],
 )
 def test_rows_in_parts_give_what_all_rows_give(
-    count: int, free: int, most: int | None, parts: list[int], take: Take, monkeypatch: pytest.MonkeyPatch
+    count: int, free: int, most: int, parts: list[int], take: Take, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take(free)
     x, seen = mx.random.normal((count, 4)), []
@@ -258,10 +258,8 @@ def layers(model: VisionLanguageModel) -> list[tuple[Any, Any]]:
     )
 
 
-@pytest.mark.parametrize("generation", [*GENERATIONS, "qwen_vl"])
-def test_models_compute_the_same_on_several_cores(
-    generation: str, take: Take, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def watch(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Which cores took pieces of attention, rows, outputs of products and parts of decoder layers."""
     used: dict[str, set[str]] = {}
 
     class Watched(Turns):
@@ -280,13 +278,21 @@ def test_models_compute_the_same_on_several_cores(
         used.setdefault("parts", set()).add(str(core))
         return on(core)
 
-    on = split.on
+    on = over_cores.on
     monkeypatch.setattr(fused, "Turns", lambda: Watched("attention"))
     monkeypatch.setattr(cores, "Turns", lambda: Watched("rows"))
     monkeypatch.setattr(
         linear, "on", lambda core: (used.setdefault("outputs", set()).add(str(core)), on(core))[1]
     )
-    monkeypatch.setattr(split, "on", watched)
+    monkeypatch.setattr(over_cores, "on", watched)
+    return used
+
+
+@pytest.mark.parametrize("generation", [*GENERATIONS, "qwen_vl"])
+def test_models_compute_the_same_on_several_cores(
+    generation: str, take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = watch(monkeypatch)
     found = []
     for count in (1, 2, 3):  # heads are cut for two at most
         take(count)
@@ -400,7 +406,7 @@ def test_blocks_of_the_original_may_be_cut_differently(take: Take) -> None:
         take(2)
         blocks = model.language_model.model.h
         for index in cut:
-            blocks[index].attn = split.split(blocks[index].attn)
+            blocks[index].attn = over_cores.split(blocks[index].attn)
         assert [len(block.attentions) for block in blocks] == [1 + (index in cut) for index in (0, 1)]
         cache = model.make_cache()
         mx.eval(model(model.embed(range(1, 20), [], []), cache), cache.arrays)
@@ -436,7 +442,7 @@ def test_parts_of_a_layer_add_up_to_it(bits: int | None, take: Take) -> None:
         nn.quantize(mlp, group_size=32, bits=bits)
     x, residual = mx.random.normal((2, 5, 64)), mx.random.normal((2, 5, 64))
     whole = residual + mlp(x)
-    cut = split.split(mlp)
+    cut = over_cores.split(mlp)
     assert len(parts_of(cut)) == 3
     for part in cut.modules():
         if part is not cut and hasattr(part, "prepare"):
@@ -447,10 +453,10 @@ def test_parts_of_a_layer_add_up_to_it(bits: int | None, take: Take) -> None:
         seen.append((core, str(here()), residual is None))
         return add_mlp(residual, part, x)
 
-    np.testing.assert_allclose(split.add_parts(residual, cut, update), whole, atol=1e-5)
+    np.testing.assert_allclose(over_cores.add_parts(residual, cut, update), whole, atol=1e-5)
     assert len({stream for _, stream, _ in seen}) == 3
     assert [(core, none) for core, _, none in seen] == [(0, False), (1, True), (2, True)]
-    assert split.split(cut) is cut
+    assert over_cores.split(cut) is cut
     np.testing.assert_allclose(residual + mlp(x), whole, atol=1e-6)  # left as it was
 
 
@@ -461,17 +467,17 @@ class Counting(nn.Linear):
 def test_what_can_not_be_cut_is_left_whole(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
     odd, sealed, fine = MLP(64, 97), MLP(64, 96), MLP(64, 96)
     sealed.up_proj = Counting(64, 96, bias=False)
-    assert [split.split(one) is one for one in (odd, sealed, nn.Linear(96, 96), fine)] == [
+    assert [over_cores.split(one) is one for one in (odd, sealed, nn.Linear(96, 96), fine)] == [
         True,
         True,
         True,
         False,
     ]
-    monkeypatch.setattr(split, "WORTH", 1 << 22)
-    assert split.split(fine) is fine
+    monkeypatch.setattr(over_cores, "WORTH", 1 << 22)
+    assert over_cores.split(fine) is fine
     take(1)
-    monkeypatch.setattr(split, "WORTH", 1)
-    assert split.split(fine) is fine
+    monkeypatch.setattr(over_cores, "WORTH", 1)
+    assert over_cores.split(fine) is fine
 
 
 def test_groups_of_quantised_weights_are_not_cut_through(take: Take) -> None:
@@ -479,18 +485,18 @@ def test_groups_of_quantised_weights_are_not_cut_through(take: Take) -> None:
     for inner, count in ((192, 3), (128, 2), (32, 1)):
         mlp = MLP(64, inner)
         nn.quantize(mlp, group_size=32, bits=4)
-        assert len(parts_of(split.split(mlp))) == count
+        assert len(parts_of(over_cores.split(mlp))) == count
 
 
 def test_another_thread_has_streams_of_its_own(take: Take) -> None:
     x, found = mx.random.normal((30, 4)), []
 
     def work() -> None:
-        found.append(np.array(by_rows(lambda rows: rows * 2, x)))
+        found.append(np.array(by_rows(lambda rows: rows * 2, x, most=30)))
         mx.clear_streams()
 
     thread = threading.Thread(target=work)
-    mx.eval(x, by_rows(lambda rows: rows * 2, x))
+    mx.eval(x, by_rows(lambda rows: rows * 2, x, most=30))
     thread.start()
     thread.join(timeout=60)
     np.testing.assert_array_equal(found[0], np.array(x) * 2)

@@ -73,10 +73,10 @@ class Turns:
         return result
 
 
-def by_rows(function: Callable[..., mx.array], *arrays: mx.array, most: int | None = None) -> mx.array:
+def by_rows(function: Callable[..., mx.array], *arrays: mx.array, most: int) -> mx.array:
     """``function(*arrays)``, which makes a row of each row ``[n, …]``; on a CPU in parts, of ``most`` rows at most."""
     count, several = len(arrays[0]), cores()
-    parts = 1 if most is None or mx.default_device() == mx.gpu else -(-count // most)
+    parts = 1 if mx.default_device() == mx.gpu else -(-count // most)
     if count >= ENOUGH * several:
         parts = -(-parts // several) * several
     if parts == 1:

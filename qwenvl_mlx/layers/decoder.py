@@ -16,8 +16,8 @@ from qwenvl_mlx.layers.cache import Cache, by_layer
 from qwenvl_mlx.layers.linear import add_linear, apply, by_outputs
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.norm import RMSNorm
+from qwenvl_mlx.layers.over_cores import add_parts, parts_of, split
 from qwenvl_mlx.layers.rotary import Angles
-from qwenvl_mlx.layers.split import add_parts, parts_of, split
 
 
 @dataclass(frozen=True)

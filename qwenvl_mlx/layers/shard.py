@@ -1,4 +1,7 @@
-"""Tensor parallelism: cut linear layers over the machines of a group, each part of a layer on one of them."""
+"""Tensor parallelism: cut linear layers over the machines of a group, each part of a layer on one of them.
+
+The cores of one machine may stand in the machines' place.
+"""
 
 from __future__ import annotations
 

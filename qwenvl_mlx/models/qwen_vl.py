@@ -21,8 +21,8 @@ from qwenvl_mlx.layers.fused import attend_cached, last_query
 from qwenvl_mlx.layers.linear import add_linear, apply, join, joinable
 from qwenvl_mlx.layers.mlp import gated
 from qwenvl_mlx.layers.mlx_lm import leaf
+from qwenvl_mlx.layers.over_cores import add_parts, parts_of, split
 from qwenvl_mlx.layers.shard import Members, part_of, split_inputs, split_outputs
-from qwenvl_mlx.layers.split import add_parts, parts_of, split
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media
 from qwenvl_mlx.models.base import Places, VisionLanguageModel
@@ -212,15 +212,16 @@ class Decoder(nn.Module):
         hidden: mx.array = self.wte(tokens).astype(self.ln_f.weight.dtype)
         return hidden
 
-    def __call__(self, x: mx.array, positions: Positions, layers: Sequence[Any], last_only: bool) -> mx.array:
-        mask = attention.create_attention_mask(x, layers[0])
+    def __call__(self, x: mx.array, positions: Positions, cache: Cache | None, last_only: bool) -> mx.array:
+        first = cache[0] if cache else None
+        mask = attention.create_attention_mask(x, first)
         by_heads: dict[int, Positions] = {}
         single = x.shape[1] == 1
-        if single and isinstance(layers[0], FixedKV):
+        if single and isinstance(first, FixedKV):
             parts = {block.attentions[0].heads for block in self.h}
             by_heads = {heads: positions.by_heads(2 * heads, 3 * heads) for heads in parts}
         x = x.squeeze(1) if single else x  # products of matrices cost no reshapes
-        states = by_layer(layers, [len(block.attentions) for block in self.h])
+        states = by_layer(cache, [len(block.attentions) for block in self.h])
         for block, caches in zip(self.h, states, strict=True):
             positions = by_heads.get(block.attentions[0].heads, positions)
             x = block(x, positions, mask, caches, last_only and not single and block is self.h[-1])
@@ -319,12 +320,8 @@ class Model(VisionLanguageModel):
         self, embedded: Embedded, cache: Cache | None = None, *, last_only: bool = False
     ) -> mx.array:
         if cache is None:
-            layers: Sequence[Any] = [None] * sum(
-                len(block.attentions) for block in self.language_model.model.h
-            )
-            return self._logits(
-                embedded.embeddings, embedded.start, self._alphas(embedded, None), layers, last_only
-            )
+            alphas = self._alphas(embedded, None)
+            return self._logits(embedded.embeddings, embedded.start, alphas, None, last_only)
         if cache.attention.empty() or (isinstance(cache.offset, int) and cache.offset == 0):
             cache.ntk_alpha = self._alphas(embedded, cache.attention)
         return self._logits(embedded.embeddings, cache.offset, cache.ntk_alpha, cache, last_only)
@@ -346,12 +343,13 @@ class Model(VisionLanguageModel):
         hidden: mx.array,
         offset: int | mx.array,
         alphas: Sequence[float],
-        layers: Sequence[Any],
+        cache: Cache | None,
         last_only: bool,
     ) -> mx.array:
-        most = layers[0].capacity if isinstance(layers[0], FixedKV) else None
+        first = cache[0] if cache else None
+        most = first.capacity if isinstance(first, FixedKV) else None
         positions = self.config.rotary.at(offset, hidden.shape[1], alphas, hidden.dtype, most=most)
-        hidden = self.language_model.model(hidden, positions, layers, last_only)
+        hidden = self.language_model.model(hidden, positions, cache, last_only)
         return apply(self.language_model.lm_head, self.language_model.model.ln_f(hidden))
 
     def make_cache(self) -> Cache:
