@@ -25,10 +25,19 @@ from qwenvl_mlx.server.shelf import Shelf
 from qwenvl_mlx.server.state import State
 
 SECONDS_BETWEEN_TIDYING = 20
-# the second form of an answer, beside JSON: what a request with "stream" gets
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# the second form of an answer, beside JSON: what a request with "stream" gets, one event of it
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "type": "string",
+            "description": "JSON: a chunk, or an error; last of all [DONE]",
+            "pattern": r"^(\{.*\}|\[DONE\])$",
+        }
+    },
 }
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
 
 
 class StrictRequest(Request):
