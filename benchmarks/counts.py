@@ -59,10 +59,12 @@ Shape = tuple[int, ...]
 class Cost:
     """``launches``: kernels; ``copies``: those among them that only straighten strides; bytes as read and written.
 
-    ``flops``: of products, two for each multiplication and sum; a causal mask saves nothing.
+    ``nodes``: what the host builds, views too. ``flops``: of products, two for each multiplication and sum; a causal
+    mask saves nothing.
     """
 
     launches: int
+    nodes: int
     copies: int
     weight_bytes: int
     bytes_moved: int
@@ -125,7 +127,7 @@ def metal_view() -> Iterator[None]:
 
 def count(function: Callable[..., Any], *arguments: mx.array) -> Cost:
     """The cost of ``function(*arguments)``: ``arguments`` are evaluated arrays, everything else counts as constant."""
-    eager = _eager_launches(_flat(function(*arguments)))
+    eager, nodes = _eager_launches(_flat(function(*arguments)))
     trace = _Trace()
     mx.disable_compile()
     try:
@@ -136,6 +138,7 @@ def count(function: Callable[..., Any], *arguments: mx.array) -> Cost:
     trace.read(records)
     return Cost(
         launches=sum(eager.values()) + trace.copies,
+        nodes=nodes,
         copies=trace.copies,
         weight_bytes=trace.weight_bytes,
         bytes_moved=trace.bytes_moved,
@@ -152,7 +155,8 @@ def _flat(outputs: Any) -> list[mx.array]:
     return [array for item in outputs for array in _flat(item)] if isinstance(outputs, (list, tuple)) else []
 
 
-def _eager_launches(outputs: list[mx.array]) -> collections.Counter[str]:
+def _eager_launches(outputs: list[mx.array]) -> tuple[collections.Counter[str], int]:
+    """Launches of each primitive, and nodes of the graph."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.dot"
         mx.export_to_dot(str(path), *outputs)
@@ -167,7 +171,7 @@ def _eager_launches(outputs: list[mx.array]) -> collections.Counter[str]:
             continue
         kind = "Fused" if name == "Depends" else "Compiled" if name.startswith("Compiled") else name
         launches[kind] += inputs[node] if name == "Concatenate" else times * LAUNCHES.get(name, 1)
-    return launches
+    return launches, len(labels)
 
 
 class _Trace:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from benchmarks.counts import count, metal_view
+from benchmarks.counts import Cost, count, metal_view
 from benchmarks.launches import NAMES, built, compiled, depths, kept, measure, narrow
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.models import model_class
@@ -40,15 +40,22 @@ def test_a_decoder_layer_takes_few_kernels(name: str) -> None:
 @pytest.mark.parametrize(("bits", "most"), [(None, 13), (4, 15)])
 def test_a_layer_of_a_compiled_step_takes_few_kernels(name: str, bits: int | None, most: int) -> None:
     """Even when an update at a place that the device knows is counted as three, as if it had to copy the buffer."""
-    assert compiled_launches(name, 4, bits) - compiled_launches(name, 3, bits) <= most
+    assert compiled_cost(name, 4, bits).launches - compiled_cost(name, 3, bits).launches <= most
 
 
-def compiled_launches(name: str, layers: int, bits: int | None) -> int:
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("bits", "most"), [(None, 21), (4, 23)])
+def test_a_layer_of_a_compiled_step_has_few_nodes(name: str, bits: int | None, most: int) -> None:
+    """Views launch nothing, but the host makes them for every token."""
+    assert compiled_cost(name, 4, bits).nodes - compiled_cost(name, 3, bits).nodes <= most
+
+
+def compiled_cost(name: str, layers: int, bits: int | None) -> Cost:
     config = narrow(SIZES[name])
     config.get("text_config", config)["num_hidden_layers"] = layers
     with metal_view():
         model, cache = built(config, bits=bits)
-        return compiled(model, cache).launches
+        return compiled(model, cache)
 
 
 @pytest.mark.parametrize("name", NAMES)

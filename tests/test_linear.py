@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from qwenvl_mlx.layers import linear
-from qwenvl_mlx.layers.linear import add_linear, apply
+from qwenvl_mlx.layers.linear import add_linear, apply, keep_view
 
 KINDS = ("plain", "biased", "quantised")
 
@@ -89,3 +90,14 @@ def test_few_rows_take_the_weights_first_on_a_cpu(
     tolerance = 1e-5 if dtype == mx.float32 else 0.02
     for ours, theirs in ((given, wanted), (added, residual + wanted)):
         np.testing.assert_allclose(ours.astype(mx.float32), theirs.astype(mx.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased"])
+def test_a_view_that_was_kept_is_of_the_weights_that_the_layer_has(kind: str) -> None:
+    layer, x = layer_of(kind), mx.random.normal((3, 64))
+    keep_view(layer)
+    assert mx.array_equal(apply(layer, x), layer(x))
+    assert "_view" not in dict(tree_flatten(layer.parameters()))
+    layer.weight = layer.weight + 1
+    assert mx.array_equal(apply(layer, x), layer(x))
+    assert mx.array_equal(add_linear(mx.zeros((3, 96)), layer, x), apply(layer, x))

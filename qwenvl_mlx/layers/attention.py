@@ -120,16 +120,16 @@ class Attention(nn.Module):
         """``qkv``: ``[…, (heads + 2 kv_heads) * size]``, in this order."""
         batch, *lengths = qkv.shape[:-1]
         length = lengths[0] if lengths else 1
-        raw = qkv.reshape(batch, length, -1, self.size)
+        shape = (batch, length, self.heads + 2 * self.kv_heads, self.size)
         # values too, for nothing: a kernel that gets a part of each row copies it first
-        normed = mx.fast.rms_norm(raw, None, self.q_norm.eps) if "q_norm" in self else raw
+        normed = mx.fast.rms_norm(qkv.reshape(shape), None, self.q_norm.eps) if "q_norm" in self else None
         values, weights = (self._values, self._weights) if "_values" in self else self._constants()
         # one kernel leaves keys and values side by side, as a fixed buffer has them
-        turned = shared.angles.turn_some(normed, weights, values, raw)
-        if length == 1:
-            heads = turned.reshape(batch, -1, 1, self.size)  # [B, heads, L, size]
-        else:
-            heads = turned.reshape(raw.shape).transpose(0, 2, 1, 3)
+        turned = shared.angles.turn_some(qkv, shape, normed, weights, values)
+        # [B, heads, L, size]
+        heads = (
+            turned.reshape(batch, -1, 1, self.size) if length == 1 else turned.reshape(shape).swapaxes(1, 2)
+        )
         if isinstance(cache, FixedKV):
             q, both = mx.split(heads, [self.heads], axis=1)
             k, v = cache.write(both)

@@ -56,6 +56,20 @@ def map_rows(layer: nn.Module, change: Callable[[str], mx.array]) -> nn.Module:
     return layer
 
 
+def keep_view(layer: nn.Module) -> None:
+    """Make once what products take of a plain layer: for a token's graph every view costs the host time."""
+    if type(layer) is nn.Linear:
+        layer._view = (layer.weight, layer.weight.T)
+        mx.eval(layer._view)
+
+
+def _columns(layer: nn.Module) -> mx.array:
+    """Weights ``[inputs, outputs]``: the view that was kept, while it is one of these weights."""
+    weight, view = layer.get("_view", (None, None))
+    columns: mx.array = view if weight is layer.weight else layer.weight.T
+    return columns
+
+
 def apply(layer: nn.Module, x: mx.array) -> mx.array:
     """``layer(x)`` of ``[L, inputs]`` or ``[B, L, inputs]`` in the type of ``x``, all rows of a batch in one product.
 
@@ -82,9 +96,9 @@ def add_linear(residual: mx.array | None, layer: nn.Module, x: mx.array) -> mx.a
         return residual + apply(layer, x)
     if x.ndim < 3 or len(x) == 1:
         if cores() > 1:
-            return by_outputs(lambda part, some: mx.addmm(residual[..., some], x, part.weight.T), layer, x)
-        return mx.addmm(residual, x, layer.weight.T)
-    added = mx.addmm(residual.flatten(0, 1), x.flatten(0, 1), layer.weight.T)
+            return by_outputs(lambda part, some: mx.addmm(residual[..., some], x, _columns(part)), layer, x)
+        return mx.addmm(residual, x, _columns(layer))
+    added = mx.addmm(residual.flatten(0, 1), x.flatten(0, 1), _columns(layer))
     return mx.unflatten(added, 0, x.shape[:2])
 
 
@@ -110,7 +124,12 @@ def _part(layer: nn.Module, rows: slice) -> nn.Module:
 
 
 def _product(layer: nn.Module, x: mx.array) -> mx.array:
-    return _columns(layer, x) if _few_rows(layer, x) else layer(x)
+    if _few_rows(layer, x):
+        return _weights_first(layer, x)
+    if type(layer) is nn.Linear:
+        return mx.addmm(layer.bias, x, _columns(layer)) if "bias" in layer else x @ _columns(layer)
+    out: mx.array = layer(x)
+    return out
 
 
 def _few_rows(layer: nn.Module, x: mx.array) -> bool:
@@ -119,7 +138,7 @@ def _few_rows(layer: nn.Module, x: mx.array) -> bool:
     return plain and rows in WEIGHTS_FIRST and mx.default_device() == mx.cpu
 
 
-def _columns(layer: nn.Module, x: mx.array) -> mx.array:
+def _weights_first(layer: nn.Module, x: mx.array) -> mx.array:
     """``layer(x)`` that lies in memory output by output."""
     rows = x.swapaxes(-1, -2)
     out = mx.addmm(layer.bias[:, None], layer.weight, rows) if "bias" in layer else layer.weight @ rows

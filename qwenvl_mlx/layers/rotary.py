@@ -64,21 +64,30 @@ class Angles:
         runs = x.reshape(*x.shape[:-1], -1, half)  # [..., heads, runs, half]
         return _turn(_views(runs), self.cos, self.sin, self.leads).reshape(x.shape)
 
-    def turn_some(self, x: mx.array, weights: HeadWeights | None, kept: mx.array, raw: mx.array) -> mx.array:
-        """``turn``, after a product of the heads with their weights in x's dtype; ``raw`` in place of those ``kept``.
+    def turn_some(
+        self,
+        raw: mx.array,
+        shape: tuple[int, ...],
+        normed: mx.array | None,
+        weights: HeadWeights | None,
+        kept: mx.array,
+    ) -> mx.array:
+        """``turn`` of the heads ``[..., heads, size]``; those ``kept``, bool ``[heads, 1, 1]``, stay ``raw``.
 
-        ``x``, ``raw``: ``[..., heads, size]``; ``kept``: bool ``[heads, 1, 1]``. The result has the order of ``x``; its
-        last axis may still be in runs.
+        ``raw``: any shape that becomes ``shape``. ``normed``: what turns in its place, after a product with its
+        ``weights`` in its dtype. The result has the order of ``shape``; its last axis may still be in runs.
         """
-        half = self.cos.shape[-1]
-        if x.shape[-1] % half:
-            x = x if weights is None else x * weights.flat
+        half, size = self.cos.shape[-1], shape[-1]
+        if size % half:
+            raw = raw.reshape(shape)
+            x = raw if normed is None or weights is None else normed * weights.flat
             return mx.where(kept.squeeze(-1), raw, self.turn(x))
-        runs = (*x.shape[:-1], -1, half)
-        views = () if weights is None else weights.views
+        runs = (*shape[:-1], size // half, half)
         raw = raw.reshape(runs)
-        x = raw if weights is None else x.reshape(runs)
-        return _turn_some(_views(x), views, self.cos, self.sin, self.leads, kept, raw)
+        x = raw if normed is None else normed.reshape(runs)
+        return _turn_some(
+            _views(x), weights.views if weights else (), self.cos, self.sin, self.leads, kept, raw
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qwenvl_mlx.errors import PromptError
 from qwenvl_mlx.layers.cache import Cache
 from qwenvl_mlx.layers.cores import stay_alone
+from qwenvl_mlx.layers.linear import keep_view
 from qwenvl_mlx.layers.shard import Group
 from qwenvl_mlx.layers.stages import Stages
 from qwenvl_mlx.media import Embedded, Features, Media, Prompt
@@ -72,6 +73,7 @@ class VisionLanguageModel(nn.Module, ABC):
         if not self.prepared:
             self.prepared = True
             prepare_below(self)
+            self.apply_to_modules(lambda _, module: keep_view(module))
 
     @abstractmethod
     def encode(self, media: Sequence[Media]) -> list[Features]:
