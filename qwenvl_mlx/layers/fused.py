@@ -17,8 +17,8 @@ from qwenvl_mlx.layers.mlx_lm import leaf
 
 mlx_lm = leaf("models.base")
 
-PIECE = 1 << 18  # scores of one piece: a megabyte
-KEYS = 1024  # of one piece
+PIECE = 1 << 19  # scores of one piece: two megabytes
+KEYS = 2048  # of one piece
 LEAST = 1 << 12  # scores that are worth a core of their own
 FEW = 48  # queries that are worth a piece of their own
 NEVER = -1e6  # a score that gives no weight
@@ -132,14 +132,14 @@ def _whole(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
             top = mx.maximum(top, before[0])
         weights = exp2_below(scores, top)
         sums = mx.sum(weights, axis=-2, keepdims=True)
-        mixed = v[:, :, at:end].swapaxes(-1, -2) @ weights
+        mixed = weights.swapaxes(-1, -2) @ v[:, :, at:end]
         if before is not None:
             best, total, out = before
             fade = exp2_below(best, top)
-            sums, mixed = sums + total * fade, mixed + out * fade
+            sums, mixed = sums + total * fade, mixed + out * fade.swapaxes(-1, -2)
         before = top, sums, mixed
         columns = mx.depends([columns], [mixed])[0]
-    return (mixed / sums).swapaxes(-1, -2).reshape(batch, groups, each, length, -1)
+    return (mixed / sums.swapaxes(-1, -2)).reshape(batch, groups, each, length, -1)
 
 
 def _cut(x: mx.array, axis: int, at: int, end: int) -> mx.array:
