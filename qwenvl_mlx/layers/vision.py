@@ -167,7 +167,7 @@ class PatchMerger(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         first, activation, second = self.mlp
-        return second(activation(first(merge_rows(self.ln_q(x), self.merge))))  # type: ignore[no-any-return]
+        return apply(second, activation(apply(first, merge_rows(self.ln_q(x), self.merge))))
 
 
 def merge_rows(x: mx.array, merge: int) -> mx.array:

@@ -19,6 +19,7 @@ from qwenvl_mlx.errors import ConfigError
 from qwenvl_mlx.layers.attention import Attention
 from qwenvl_mlx.layers.decoder import Decoder, DecoderConfig, DecoderLayer
 from qwenvl_mlx.layers.grid import Segments, bilinear_taps, patch_angles
+from qwenvl_mlx.layers.linear import apply
 from qwenvl_mlx.layers.mlp import MLP
 from qwenvl_mlx.layers.rotary import MRope
 from qwenvl_mlx.layers.spans import Placeholders
@@ -84,7 +85,7 @@ class Merger(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.norm(merge_rows(x, self.merge)) if self.grouped else merge_rows(self.norm(x), self.merge)
-        return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
+        return apply(self.linear_fc2, nn.gelu(apply(self.linear_fc1, x)))
 
 
 class VisionTower(StagedTower):
