@@ -17,7 +17,7 @@ from qwenvl_mlx.layers.mlx_lm import leaf
 
 mlx_lm = leaf("models.base")
 
-PIECE = 1 << 19  # scores of one piece: two megabytes
+PIECE = 3 << 17  # scores of one piece: a megabyte and a half
 KEYS = 2048  # of one piece
 LEAST = 1 << 12  # scores that are worth a core of their own
 FEW = 48  # queries that are worth a piece of their own
