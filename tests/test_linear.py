@@ -61,8 +61,8 @@ class Sum(nn.Linear):
     [
         (15, mx.float32, nn.Linear, mx.cpu, False),
         (16, mx.float32, nn.Linear, mx.cpu, True),
-        (192, mx.float32, nn.Linear, mx.cpu, True),
-        (193, mx.float32, nn.Linear, mx.cpu, False),
+        (511, mx.float32, nn.Linear, mx.cpu, True),
+        (512, mx.float32, nn.Linear, mx.cpu, False),
         (64, mx.float32, nn.Linear, mx.gpu, False),
         (64, mx.bfloat16, nn.Linear, mx.cpu, False),
         (64, mx.float32, Sum, mx.cpu, False),

@@ -152,7 +152,7 @@ class TwoLayers(nn.Module):
         self[self.second] = nn.Linear(widths[1], widths[2])
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self[self.second](self.activation(self[self.first](x)))  # type: ignore[no-any-return]
+        return apply(self[self.second], self.activation(apply(self[self.first], x)))
 
 
 class PatchMerger(nn.Module):

@@ -118,7 +118,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_width, config.width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.c_proj(nn.gelu(self.c_fc(x)))
+        return apply(self.c_proj, nn.gelu(apply(self.c_fc, x)))
 
 
 class Block(nn.Module):
