@@ -13,8 +13,8 @@ from qwenvl_mlx.layers.cores import cores, evenly, on
 
 # Arrays of a linear layer whose first axis is the output: a change to that axis touches all of them alike.
 ROWS = ("weight", "scales", "biases", "bias")
-# Rows of a product that a CPU computes sooner with the weights in front: with BLIS's kernels for AVX-512 up to 200, by a
-# quarter at 64; with those for AMD's Zen up to 511, in half the time from 200 on.
+# Rows of a product that a CPU computes sooner with the weights in front: with BLIS's kernels for AVX-512 up to 200, by
+# a quarter at 64; with those for AMD's Zen up to 511, in half the time from 200 on.
 WEIGHTS_FIRST = range(16, 512)
 CUT = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)  # that add nothing over machines
 LARGE = 1 << 20  # multiplications of a product that are worth a second core: a tenth of a millisecond
