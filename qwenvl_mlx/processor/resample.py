@@ -94,10 +94,12 @@ def _weigh(rows: Bytes, taps: _Taps, room: NDArray[np.int32], *, out: Bytes) -> 
     for offset, weights in enumerate(
         taps.weights.T[:, :, None]
     ):  # few large operations: threads run side by side
+        if not weights.any():  # a fifth source row is seldom within the kernel's reach
+            continue
         index = np.minimum(
             taps.first - taps.first[0] + offset, len(rows) - 1
         )  # what lies past the end weighs nothing
-        in_line = bool((np.diff(index) == 1).all())
+        in_line = bool((index[1:] - index[:-1] == 1).all())
         np.multiply(near[index[0] : index[-1] + 1] if in_line else near[index], weights, out=term)
         np.add(sums, term, out=sums)
     np.right_shift(sums, _BITS, out=sums)
