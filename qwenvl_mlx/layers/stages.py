@@ -12,10 +12,15 @@ Stages = Generator[mx.array, None, T]
 
 
 def finish(stages: Stages[T]) -> T:
-    """The result of work that nobody wants to interrupt."""
+    """The result of work that nobody wants to interrupt.
+
+    On a CPU each stage is computed at once: MLX makes room for all that it is told to compute, long before it does.
+    """
     while True:
         try:
-            next(stages)
+            stage = next(stages)
+            if mx.default_device() == mx.cpu:
+                mx.eval(stage)
         except StopIteration as end:
             result: T = end.value
             return result

@@ -77,7 +77,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, media: Sequence[Media]) -> list[Features]:
-        """Run the vision tower, one media item at a time (lazy: the caller evaluates)."""
+        """Run the vision tower, one media item at a time (lazy: the caller evaluates; a CPU has done the blocks)."""
 
     def encode_stages(self, media: Media) -> Stages[Features]:
         """``encode`` of one item, pausing between the tower's blocks: evaluate what it yields, or go on."""
